@@ -1,0 +1,384 @@
+"""ResNet20 on CIFAR-10: every convolution and the linear layer as one bit per weight plus 2 % floats, learned by LC.
+
+Reference, direct compression (BatchNorm of the reference, and re-estimated) and LC in one run, with the loss gradient at w (classic) or at Δ(θ)
+(`--gradient sum`). Nothing is chosen on test images: the last step counts; 5 000 training images are held out to watch it.
+
+Run:      python experiments/cifar_resnet.py --data DIR --weights resnet20-12fca82f.th [--gradient sum] [--seed 1]
+Summary:  python experiments/cifar_resnet.py --summary          (all stored seeds: mean and spread)
+Results:  experiments/results/cifar_resnet20_*.json, with hardware and wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data import TEST, TRAIN, augmented, cifar10, normalized, padded
+from lc_compress import LC, Binary, Sparse, constant, geometric
+from lc_compress.batchnorm import recalibrate
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "data"
+    weights: str = "data/resnet20-12fca82f.th"
+    depth: int = 20
+    gradient: str = "weights"  # "weights": classic LC; "sum": straight-through
+    density: float = 0.02  # exact floats per layer
+    epochs: int = 8
+    steps_per_epoch: int = 4  # classic: LC steps in one epoch
+    mu0: float = 0.05
+    growth: float = 1.6  # of mu, per epoch
+    lr: float = 0.03
+    lr_end: float = 0.001  # falls linearly
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch: int = 128
+    held_out: int = 5_000
+    calibration: int = 4_000  # training images for BatchNorm statistics
+    seed: int = 0
+    compile: bool = True
+    bfloat16: bool = False  # pays only where the processor has instructions for it
+    checkpoint: str = ""  # file to resume from
+    out: str = ""
+    smoke: bool = False
+
+
+DEFAULTS = {
+    "weights": {},
+    "sum": {"lr": 0.02, "lr_end": 0.0005, "epochs": 10, "steps_per_epoch": 1},
+}
+
+
+# ------------------------------------------------------------------ model
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions; where the size halves, the shortcut takes every second pixel and pads channels with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.extra = stride, (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.stride > 1:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
+        return F.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """CIFAR ResNet of depth 6n + 2 with widths 16, 32, 64."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        n = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*[Block(16, 16, 1) for _ in range(n)])
+        self.layer2 = nn.Sequential(
+            *[Block(16 if i == 0 else 32, 32, 2 if i == 0 else 1) for i in range(n)]
+        )
+        self.layer3 = nn.Sequential(
+            *[Block(32 if i == 0 else 64, 64, 2 if i == 0 else 1) for i in range(n)]
+        )
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def pretrained(config: Config) -> ResNet:
+    model = ResNet(config.depth)
+    if not config.smoke:
+        if not Path(config.weights).is_file():
+            raise SystemExit(
+                f"{config.weights} is missing: give --weights the file of the pretrained ResNet{config.depth}."
+            )
+        state = torch.load(config.weights, weights_only=True, map_location="cpu")["state_dict"]
+        model.load_state_dict({name.removeprefix("module."): x for name, x in state.items()})
+    return model.to(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------ data
+
+
+@dataclass
+class Data:
+    images: Tensor
+    labels: Tensor
+    train: Tensor  # indices
+    held_out: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load(config: Config) -> Data:
+    if config.smoke:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (600, 3, 32, 32), generator=generator).to(torch.uint8)
+        labels = torch.randint(0, 10, (600,), generator=generator)
+        test_images, test_labels = images[:200], labels[:200]
+    else:
+        images, labels = cifar10(config.data, TRAIN)
+        test_images, test_labels = cifar10(config.data, TEST)
+    order = torch.randperm(
+        len(images), generator=torch.Generator().manual_seed(12345)
+    )  # the same split for all seeds
+    split = config.held_out
+    return Data(images, labels, order[split:], order[:split], test_images, test_labels)
+
+
+def batches(
+    data: Data, pad: Tensor, config: Config, epoch: int, first: int, last: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches first … last − 1 of an epoch: a function of seed and epoch alone, so that a resumed run sees the same ones."""
+    order = torch.randperm(
+        len(data.train), generator=torch.Generator().manual_seed(1000 * config.seed + epoch)
+    )
+    for b in range(first, last):
+        index = data.train[order[b * config.batch : (b + 1) * config.batch]]
+        generator = torch.Generator().manual_seed((1000 * config.seed + epoch) * 100_000 + b)
+        yield normalized(augmented(pad, index, generator)), data.labels[index]
+
+
+@torch.no_grad()
+def error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of wrong answers in percent."""
+    model.eval()
+    wrong = 0
+    for x, y in zip(images.split(1000), labels.split(1000), strict=True):
+        wrong += int((model(normalized(x)).argmax(1) != y).sum())
+    return 100 * wrong / len(labels)
+
+
+# ------------------------------------------------------------------ one run
+
+
+def run(config: Config) -> dict[str, object]:
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    data, model = load(config), pretrained(config)
+    pad = padded(data.images)
+    per_epoch = len(data.train) // config.batch
+    calibration = [normalized(x) for x in data.images[data.train[: config.calibration]].split(500)]
+    test = (data.test_images, data.test_labels)
+    held_out = (data.images[data.held_out], data.labels[data.held_out])
+
+    reference = error(model, *test)
+    if config.depth == 20 and not config.smoke and abs(reference - 8.27) > 0.005:
+        raise SystemExit(
+            f"The reference has {reference:.2f} % test error instead of 8.27 %: wrong weights or data."
+        )
+    say(f"reference: {reference:.2f} % test error")
+
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    steps = config.epochs * config.steps_per_epoch
+    straight = config.gradient == "sum"
+    schedule = (
+        constant(0.0, steps)
+        if straight
+        else geometric(config.mu0, config.growth ** (1 / config.steps_per_epoch), steps)
+    )
+    part = Binary() + Sparse(density=config.density)
+    lc = LC(
+        model,
+        {"*conv*.weight": part, "linear.weight": part},
+        schedule=schedule,
+        optimizer=optimizer,
+        gradient=config.gradient,
+        example_inputs=torch.zeros(1, 3, 32, 32),
+    )
+    with lc.compressed(calibration=None):
+        direct_raw = error(model, *test)
+    with lc.compressed(calibration=calibration):
+        direct = error(model, *test)
+    say(f"direct compression: {direct_raw:.2f} %, with BatchNorm re-estimated {direct:.2f} %")
+
+    network = torch.compile(model) if config.compile else model
+    curve: list[dict[str, float]] = []
+    trained = 0.0
+    for step in lc.steps(checkpoint=config.checkpoint or None, save={"optimizer": optimizer}):
+        begin = time.perf_counter()
+        epoch, quarter = divmod(step.index, config.steps_per_epoch)
+        first = quarter * per_epoch // config.steps_per_epoch
+        last = (quarter + 1) * per_epoch // config.steps_per_epoch
+        model.train()
+        total = 0.0
+        for b, (x, y) in enumerate(batches(data, pad, config, epoch, first, last), start=first):
+            share = (epoch * per_epoch + b) / (config.epochs * per_epoch)
+            optimizer.param_groups[0]["lr"] = config.lr + (config.lr_end - config.lr) * share
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+                loss = F.cross_entropy(network(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        lc.log(loss=total / max(last - first, 1))
+        trained += time.perf_counter() - begin
+        if quarter + 1 == config.steps_per_epoch:
+            lc.c_step()
+            with lc.compressed(calibration=calibration):
+                watched = error(model, *held_out)
+            lc.log(held_out=watched)
+            curve.append(
+                {
+                    "epoch": epoch + 1,
+                    "held_out_error": watched,
+                    "mu": step.mu,
+                    "loss": total / max(last - first, 1),
+                }
+            )
+            say(
+                f"epoch {epoch + 1}: held-out error {watched:.2f} %, {time.perf_counter() - started:.0f} s"
+            )
+    report = lc.report()
+    with lc.compressed(calibration=None):
+        raw = error(model, *test)
+    lc.finalize(calibration=calibration)
+    final = error(model, *test)
+    say(
+        f"LC, last step: {final:.2f} % test error, {report.total.bits / 8e3:.1f} kB, ratio {report.total.ratio32:.2f}"
+    )
+    return {
+        "reference_error": reference,
+        "direct_error_reference_batchnorm": direct_raw,
+        "direct_error": direct,
+        "lc_error": final,
+        "lc_error_training_batchnorm": raw,
+        "bits": report.total.bits,
+        "bits_per_weight": report.total.bits_per_weight,
+        "ratio_float32": report.total.ratio32,
+        "ratio_float16": report.total.ratio16,
+        "gap": [entry["gap"] for entry in lc.history],
+        "curve": curve,
+        "training_seconds": trained,
+        "wall_seconds": time.perf_counter() - started,
+    }
+
+
+def say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+# ------------------------------------------------------------------ results
+
+
+def provenance() -> dict[str, object]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "commit": commit.stdout.strip(),
+        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread",
+    }
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def summary(folder: Path) -> None:
+    """Mean and spread over the stored seeds, for each way of learning."""
+    table: dict[str, object] = {}
+    for gradient in ("weights", "sum"):
+        runs = [
+            json.loads(p.read_text())
+            for p in sorted(folder.glob(f"cifar_resnet20_{gradient}_seed*.json"))
+        ]
+        if not runs:
+            continue
+        errors = [r["result"]["lc_error"] for r in runs]
+        first = runs[0]["result"]
+        table[gradient] = {
+            "seeds": [r["config"]["seed"] for r in runs],
+            "epochs": runs[0]["config"]["epochs"],
+            "reference_error": first["reference_error"],
+            "direct_error_reference_batchnorm": first["direct_error_reference_batchnorm"],
+            "direct_error": first["direct_error"],
+            "lc_errors": errors,
+            "lc_error_mean": statistics.mean(errors),
+            "lc_error_std": statistics.stdev(errors) if len(errors) > 1 else 0.0,
+            "ratio_float32": statistics.mean(r["result"]["ratio_float32"] for r in runs),
+            "bits_per_weight": statistics.mean(r["result"]["bits_per_weight"] for r in runs),
+            "wall_seconds_mean": statistics.mean(r["result"]["wall_seconds"] for r in runs),
+            "command": runs[0]["command"],
+        }
+    write(folder / "cifar_resnet20.json", table)
+    print(json.dumps(table, indent=1))
+
+
+def parse(argv: list[str]) -> tuple[Config, bool]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--gradient", choices=["weights", "sum"], default="weights")
+    known, _ = parser.parse_known_args(argv)
+    defaults = replace(Config(), gradient=known.gradient, **DEFAULTS[known.gradient])
+    for field in fields(Config):
+        value = getattr(defaults, field.name)
+        if field.name == "gradient":
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(option, type=type(value), default=value)
+    chosen = vars(parser.parse_args(argv))
+    wanted = chosen.pop("summary")
+    config = Config(**chosen)
+    if config.smoke:
+        config = replace(
+            config, depth=8, epochs=2, held_out=100, calibration=100, batch=64, compile=False
+        )
+    return config, wanted
+
+
+def main(argv: list[str]) -> None:
+    config, wanted = parse(argv)
+    if wanted:
+        summary(Path(config.out) if config.out else RESULTS)
+        return
+    result = run(config)
+    name = f"cifar_resnet{config.depth}_{config.gradient}_seed{config.seed}{'_smoke' if config.smoke else ''}.json"
+    path = Path(config.out) if config.out else RESULTS / name
+    hidden = {"data", "weights", "checkpoint", "out"}
+    kept = {key: value for key, value in asdict(config).items() if key not in hidden}
+    command = f"python experiments/cifar_resnet.py --data DIR --weights FILE --gradient {config.gradient} --seed {config.seed}"
+    write(path, {"command": command, "config": kept, "result": result, **provenance()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,83 @@
+"""Running statistics of BatchNorm for weights they were not collected with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Calibration: TypeAlias = Iterable[Any] | Callable[[nn.Module], object]
+
+
+def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, calibration: Calibration) -> None:
+    """Replace the running statistics by the mean over the given batches; nothing else of the model changes.
+
+    Args:
+        calibration: an iterable of batches, each a tensor, a mapping of keyword arguments, or a sequence that starts with the input;
+            or a function that runs the model on the data itself. Only BatchNorm layers are in training mode meanwhile.
+
+    Raises:
+        ValueError: no batch, or a batch or a resulting statistic with NaN or inf. The old statistics are then back.
+    """
+    norms = batchnorms(model)
+    modes = {module: module.training for module in model.modules()}
+    momenta = {module: module.momentum for module in norms.values()}
+    before = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in norms.items()}
+    try:
+        model.eval()
+        for module in norms.values():
+            module.reset_running_stats()
+            module.momentum = None  # plain average
+            module.train()
+        batches = _run(model, calibration)
+        for name, module in norms.items():
+            assert module.running_mean is not None and module.running_var is not None
+            if not (module.running_mean.isfinite().all() and module.running_var.isfinite().all()):
+                raise ValueError(f"Calibration gave NaN or inf in the statistics of {name!r}.")
+        if batches == 0:
+            raise ValueError("Calibration got no batch: a loader that is not empty is needed.")
+    except BaseException:
+        for name, module in norms.items():
+            module.load_state_dict(before[name])
+        raise
+    finally:
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
+
+
+def _run(model: nn.Module, calibration: Calibration) -> int:
+    if callable(calibration):
+        calibration(model)
+        return 1
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    for count, batch in enumerate(calibration, start=1):
+        if isinstance(batch, Mapping):
+            model(**{name: _checked(x, device, count) for name, x in batch.items()})
+        else:
+            first = batch if isinstance(batch, Tensor) else batch[0]
+            model(_checked(first, device, count))
+    return count
+
+
+def _checked(x: Any, device: torch.device, count: int) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"Calibration batch {count}, shape {tuple(x.shape)}, contains NaN or inf.")
+    return x.to(device)

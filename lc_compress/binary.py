@@ -1,0 +1,199 @@
+"""Binary and ternary weights with learned scales: {−a, a} and {−a, 0, a}, one a per block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import Blocks
+from .coding import Fixed, Radix, Raw
+from .order import argsort_rows, sort_rows
+from .part import Field, Ops, Part, check_value_dtype, rounded, working
+
+
+@dataclass(frozen=True, eq=False)
+class BinaryState:
+    """scale (blocks,) in the weights' dtype; positive: bool, shape of the weights."""
+
+    scale: Tensor
+    positive: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TernaryState:
+    """scale (blocks,) in the weights' dtype; signs: int8 in {−1, 0, 1}, shape of the weights."""
+
+    scale: Tensor
+    signs: Tensor
+
+
+def scale_ops(shape: torch.Size, scales: int, terms: int, positions: int) -> Ops:
+    """Additions of the inputs under each scale, then one multiplication by it: `terms` weights are not zero."""
+    rows = shape[0] if len(shape) > 1 else 1
+    return Ops(positions * max(rows, scales), positions * max(terms - rows, 0))
+
+
+@dataclass(frozen=True)
+class Binary(Part[BinaryState]):
+    """Weights of one magnitude per block, with free signs: 1 bit per weight.
+
+    Solves   min Σ h (w − a s)²   over s ∈ {−1, 1}, one a ≥ 0 per block
+    exactly: s = sign(w) and a = Σ h |w| / Σ h (papers/learning-compression.md, section 3, scaled binary, weighted). A zero weight is
+    positive; a block without importance gets a = 0.
+
+    Args:
+        axis: one scale per index of this axis (0: per output channel).
+        group: one scale per `group` consecutive weights of the flattened tensor, the last group possibly shorter.
+            With neither, one scale for the tensor.
+        value_dtype: how scales are stored; None: in the weights' dtype.
+
+    Cost: O(N). Stores N bits and the scales. Applies in N additions and one multiplication per output or scale.
+
+    Raises:
+        ValueError: both `axis` and `group`, `group` < 1, no such axis, or a `value_dtype` that is not floating point.
+    """
+
+    axis: int | None = None
+    group: int | None = None
+    value_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_value_dtype(self, self.value_dtype)
+        Blocks(self.axis, self.group)
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.axis, self.group)
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def exact_weighted(self) -> bool:
+        return True
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        return ("scale",)
+
+    def solve(
+        self, w: Tensor, warm: BinaryState | None, mu: float | None, importance: Tensor | None
+    ) -> BinaryState:
+        u = self.blocks.split(w.abs())  # (blocks, size)
+        h = self.blocks.split_importance(importance, w)
+        if h is None:
+            scale = u.mean(1, dtype=torch.float64)
+        else:
+            scale = (h * u).sum(1) / h.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        return BinaryState(rounded(scale, w.dtype, self.value_dtype), w >= 0)
+
+    def reconstruct(self, state: BinaryState) -> Tensor:
+        scale = self.blocks.spread(state.scale, state.positive.shape)
+        return torch.where(state.positive, scale, -scale)
+
+    def encode(self, state: BinaryState) -> dict[str, Field]:
+        stored = self.value_dtype or state.scale.dtype
+        return {
+            "scale": Field(state.scale.to(stored), Raw(stored)),
+            "positive": Field(state.positive, Fixed(1), per_weight=True),
+        }
+
+    def decode(
+        self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> BinaryState:
+        return BinaryState(arrays["scale"].to(dtype), arrays["positive"].bool().reshape(shape))
+
+    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {"scale": torch.Size((self.blocks.count(shape),))}
+
+    def ops(self, state: BinaryState, positions: int = 1) -> Ops:
+        n = state.positive.numel()
+        return scale_ops(state.positive.shape, state.scale.numel(), n, positions)
+
+
+@dataclass(frozen=True)
+class Ternary(Part[TernaryState]):
+    """Weights −a, 0 or a, with one a per block: log2(3) bits per weight, stored five to a byte.
+
+    Solves   min Σ h (w − a t)²   over t ∈ {−1, 0, 1}, one a ≥ 0 per block
+    exactly. For a given a the best t is sign(w) where |w| > a/2, so the support is a prefix of the weights sorted by |w|, whatever
+    the importance; a prefix scores (Σ h |w|)² / Σ h, and the best one gives a = Σ h |w| / Σ h over it (papers/learning-compression.md,
+    section 3, scaled ternary, weighted). Exact up to the rounding of a to `value_dtype`.
+
+    Args, Raises: as `Binary`.
+
+    Cost: O(N log N). Stores 1.6 bits per weight and the scales.
+    """
+
+    axis: int | None = None
+    group: int | None = None
+    value_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        check_value_dtype(self, self.value_dtype)
+        Blocks(self.axis, self.group)
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.axis, self.group)
+
+    @property
+    def exact(self) -> bool:
+        return self.value_dtype is None
+
+    @property
+    def exact_weighted(self) -> bool:
+        return self.value_dtype is None
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        return ("scale",)
+
+    def solve(
+        self, w: Tensor, warm: TernaryState | None, mu: float | None, importance: Tensor | None
+    ) -> TernaryState:
+        u = self.blocks.split(working(w).abs())  # (blocks, size)
+        h = self.blocks.split_importance(importance, w)
+        if h is None:
+            first = sort_rows(u).flip(1).double().cumsum(1)  # Σ|w| over each prefix
+            zeroth = torch.arange(1, u.shape[1] + 1, dtype=torch.float64, device=u.device)
+            zeroth = zeroth.expand_as(first)
+        else:
+            order = argsort_rows(u).flip(1)
+            h = h.gather(1, order)
+            first = (h * u.gather(1, order)).cumsum(1)
+            zeroth = h.cumsum(1)
+        mean = first / zeroth.clamp_min(torch.finfo(torch.float64).tiny)
+        best = (first * mean).argmax(1, keepdim=True)  # (Σ h|w|)² / Σ h
+        scale = rounded(mean.gather(1, best).squeeze(1), w.dtype, self.value_dtype)
+        threshold = self.blocks.spread(working(scale) / 2, w.shape)
+        kept = working(w).abs() > threshold
+        return TernaryState(scale, torch.where(kept, torch.sign(w), 0).to(torch.int8))
+
+    def reconstruct(self, state: TernaryState) -> Tensor:
+        scale = self.blocks.spread(state.scale, state.signs.shape)
+        return state.signs.to(scale.dtype) * scale
+
+    def encode(self, state: TernaryState) -> dict[str, Field]:
+        stored = self.value_dtype or state.scale.dtype
+        return {
+            "scale": Field(state.scale.to(stored), Raw(stored)),
+            "signs": Field(state.signs + 1, Radix(3), per_weight=True),
+        }
+
+    def decode(
+        self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> TernaryState:
+        signs = arrays["signs"].to(torch.int8).reshape(shape) - 1
+        return TernaryState(arrays["scale"].to(dtype), signs)
+
+    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {"scale": torch.Size((self.blocks.count(shape),))}
+
+    def ops(self, state: TernaryState, positions: int = 1) -> Ops:
+        terms = int((state.signs != 0).sum())
+        return scale_ops(state.signs.shape, state.scale.numel(), terms, positions)

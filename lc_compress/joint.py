@@ -1,0 +1,259 @@
+"""Exact C steps for pairs of parts inside a sum, where alternating between the two would get stuck.
+
+    @register(Binary, Sparse, exact=lambda a, b: ...)
+    def binary_sparse(a, b, w, warm, mu, importance) -> (state of a, state of b)
+
+The table is keyed by the pair of types and looked up both ways; users add to it with the same decorator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .binary import Binary, BinaryState
+from .codebook import FixedCodebook
+from .order import largest, sort_rows
+from .part import Part, rounded, working
+from .sparse import Sparse, SparsePenalty, SparseState
+
+Solver: TypeAlias = Callable[..., tuple[Any, Any]]
+Fact: TypeAlias = Callable[[Any, Any], bool]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A solver for one pair, and for which hyper-parameters it reaches the global minimum."""
+
+    solve: Solver
+    exact: Fact
+    exact_weighted: Fact
+    swapped: bool = False
+
+    def __call__(
+        self,
+        a: Part[Any],
+        b: Part[Any],
+        w: Tensor,
+        warm: tuple[Any, Any] | None,
+        mu: float | None,
+        importance: Tensor | None,
+    ) -> tuple[Any, Any]:
+        if not self.swapped:
+            return self.solve(a, b, w, warm, mu, importance)
+        second, first = self.solve(b, a, w, None if warm is None else warm[::-1], mu, importance)
+        return first, second
+
+    def certain(self, a: Part[Any], b: Part[Any], weighted: bool) -> bool:
+        """Whether the pair's solution is a global minimum."""
+        fact = self.exact_weighted if weighted else self.exact
+        return fact(b, a) if self.swapped else fact(a, b)
+
+
+_table: dict[tuple[type, type], tuple[Joint, Fact]] = {}
+
+
+def _never(a: Any, b: Any) -> bool:
+    return False
+
+
+def _always(a: Any, b: Any) -> bool:
+    return True
+
+
+def register(
+    a: type, b: type, *, applies: Fact = _always, exact: Fact = _always, weighted: Fact = _never
+) -> Callable[[Solver], Solver]:
+    """Use the decorated function as the C step of every `a + b` for which `applies(a, b)` holds.
+
+    Args:
+        applies: whether this pair of hyper-parameters is the function's case; otherwise the sum alternates.
+        exact, weighted: whether the result is a global minimum, without and with importance. Where it is not, the sum keeps
+            the better of the result and its warm start.
+    """
+
+    def add(solver: Solver) -> Solver:
+        _table[a, b] = Joint(solver, exact, weighted), applies
+        return solver
+
+    return add
+
+
+def find(a: Part[Any], b: Part[Any]) -> Joint | None:
+    """The joint solver of this pair, in this order, or None."""
+    for first, second, swapped in ((a, b, False), (b, a, True)):
+        joint, applies = _table.get((type(first), type(second)), (None, _never))
+        if joint is not None and applies(first, second):
+            return replace(joint, swapped=swapped)
+    return None
+
+
+def _stores_exactly(quantizer: Any, sparse: Any) -> bool:
+    return sparse.value_dtype is None
+
+
+def _one_scale(binary: Any, sparse: Any) -> bool:
+    return binary.axis is None and binary.group is None
+
+
+def _correct(
+    binary: Binary,
+    sparse: Part[SparseState],
+    w: Tensor,
+    scale: Tensor,
+    mu: float | None,
+    h: Tensor | None,
+) -> tuple[BinaryState, SparseState]:
+    """The best states for a given scale: nearest sign everywhere, then the best corrections of what is left."""
+    state = BinaryState(rounded(scale.reshape(1), w.dtype, binary.value_dtype), w >= 0)
+    residual = rounded(working(w) - working(binary.reconstruct(state)), w.dtype, None)
+    return state, sparse.solve(residual, None, mu, h)
+
+
+def _kept_mean(u: Tensor, h: Tensor, dropped: Tensor) -> Tensor:
+    kept = torch.where(dropped, 0.0, h)
+    return (kept * u).sum() / kept.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _trimmed(
+    u: Tensor, h: Tensor, starts: list[Tensor], drop: Callable[[Tensor], Tensor], price: float
+) -> Tensor:
+    """Weighted case, local: from each start alternate kept set and weighted mean; the best scale found.
+
+    With unequal importance the corrected entries, the largest h (u − a)², are no longer the outside of a window of sorted u.
+    Each half step lowers Σ_kept h (u − a)² + price·corrections, so the alternation ends; the better of the starts is returned.
+    """
+    best, best_error = starts[0], float("inf")
+    for scale in starts:
+        error = float("inf")
+        for _ in range(100):
+            cost = h * (u - scale) ** 2
+            dropped = drop(cost)
+            now = float(torch.where(dropped, 0.0, cost).sum()) + price * int(dropped.sum())
+            if now < best_error:
+                best, best_error = scale, now
+            if not now < error:
+                break
+            error, scale = now, _kept_mean(u, h, dropped)
+    return best
+
+
+def _starts(
+    u: Tensor, h: Tensor, scale: Tensor, warm: tuple[BinaryState, Any] | None
+) -> list[Tensor]:
+    levels = torch.quantile(u[:: max(1, u.numel() // 100_000)], u.new_tensor([0.25, 0.5, 0.75]))
+    starts = [scale, _kept_mean(u, h, torch.zeros_like(u, dtype=torch.bool)), *levels]
+    return starts if warm is None else [*starts, warm[0].scale.double().reshape(())]
+
+
+@register(Binary, Sparse, applies=_one_scale, exact=_stores_exactly)
+def binary_sparse(
+    a: Binary,
+    b: Sparse,
+    w: Tensor,
+    warm: tuple[BinaryState, SparseState] | None,
+    mu: float | None,
+    importance: Tensor | None,
+) -> tuple[BinaryState, SparseState]:
+    """min ‖w − a s − θ‖²  s.t. ‖θ‖₀ ≤ κ, exactly (papers/learning-compression.md, 4.4), with one scale.
+
+    Proof. Let u = |w|. Entries in the support of θ cost nothing; any other costs (u_i − a)², with s_i = sign(w_i). For a given a the best
+    support holds the κ largest |u_i − a|, so the other N − κ entries are a contiguous window of sorted u; for a given window a is
+    its mean. The least Σ(u − mean)² over the κ + 1 windows, from prefix sums in float64, is therefore the minimum. O(N log N).
+
+    With importance the kept set is no window: alternation from several starts, not worse than the warm start.
+    """
+    u = working(w).abs().reshape(1, -1)
+    n = u.numel()
+    kept = n - b.budget(n)
+    if kept == 0:
+        return _correct(a, b, w, u.double().mean(), mu, importance)
+    ordered = sort_rows(u).double().reshape(-1)
+    shift = ordered.mean()  # centred sums lose nothing to cancellation
+    first, second = _prefix(ordered - shift)
+    sums = first[kept:] - first[:-kept]
+    spread = second[kept:] - second[:-kept] - sums * sums / kept
+    scale = shift + sums[spread.argmin()] / kept
+    if importance is not None:
+        flat, h = u.double().reshape(-1), importance.double().expand(w.shape).reshape(-1)
+        scale = _trimmed(
+            flat, h, _starts(flat, h, scale, warm), lambda cost: largest(cost, n - kept), 0.0
+        )
+    return _correct(a, b, w, scale, mu, importance)
+
+
+@register(Binary, SparsePenalty, applies=_one_scale, exact=_stores_exactly)
+def binary_sparse_penalty(
+    a: Binary,
+    b: SparsePenalty,
+    w: Tensor,
+    warm: tuple[BinaryState, SparseState] | None,
+    mu: float | None,
+    importance: Tensor | None,
+) -> tuple[BinaryState, SparseState]:
+    """min μ/2 ‖w − a s − θ‖² + α ‖θ‖₀, exactly (papers/learning-compression.md, 4.5), with one scale.
+
+    Proof. With u = |w| and t² = 2α/μ the problem is min_a Σ min((u_i − a)², t²). As a grows, the kept set {|u_i − a| ≤ t}, a window of sorted
+    u, changes only when an entry enters at its right end or leaves at its left: at most 2N windows. Scoring each window at its own mean plus t²
+    per entry outside is an upper bound of the objective at that mean, and tight at the best a, whose window is among them. O(N log N).
+
+    With importance: alternation from several starts, not worse than the warm start.
+    """
+    if mu is None:
+        b.solve(w, None, mu, importance)  # raises: a penalty form needs mu
+        raise AssertionError
+    u = working(w).abs().reshape(1, -1)
+    n = u.numel()
+    price = 2 * b.alpha / mu
+    ordered = sort_rows(u).double().reshape(-1)
+    reach = 2 * price**0.5
+    right = torch.searchsorted(
+        ordered, ordered + reach, right=True
+    )  # widest window that starts at i
+    left = torch.searchsorted(ordered, ordered - reach)  # widest window that ends at j
+    here = torch.arange(n, device=w.device)
+    start = torch.cat([here, left, (here + 1).clamp_max(n - 1)])
+    stop = torch.cat([right, here + 1, right])
+    count = (stop - start).clamp_min(0)
+    shift = ordered.mean()
+    first, second = _prefix(ordered - shift)
+    sums = first[stop] - first[start]
+    spread = second[stop] - second[start] - sums * sums / count.clamp_min(1)
+    score = torch.where(count > 0, spread, 0.0) + price * (n - count)
+    best = score.argmin()
+    scale = shift + sums[best] / count[best].clamp_min(1)
+    if importance is not None:
+        flat, h = u.double().reshape(-1), importance.double().expand(w.shape).reshape(-1)
+        scale = _trimmed(flat, h, _starts(flat, h, scale, warm), lambda cost: cost > price, price)
+    return _correct(a, b, w, scale, mu, importance)
+
+
+@register(FixedCodebook, Sparse, exact=_stores_exactly, weighted=_stores_exactly)
+@register(FixedCodebook, SparsePenalty, exact=_stores_exactly, weighted=_stores_exactly)
+def codebook_sparse(
+    a: FixedCodebook,
+    b: Part[SparseState],
+    w: Tensor,
+    warm: tuple[Any, SparseState] | None,
+    mu: float | None,
+    importance: Tensor | None,
+) -> tuple[Any, SparseState]:
+    """A fixed codebook plus an l0 constraint or penalty, exactly, weighted too (papers/learning-compression.md, 4.1 and 4.2).
+
+    Proof. Let d_i be the distance of w_i to its nearest codeword. Whatever the support of θ, entries in it cost 0 (or the price α) and the others at
+    least h_i d_i², which the nearest codeword attains. So take the nearest codeword everywhere, and correct where h_i d_i² is largest
+    (or above the price). O(N log K) and a selection.
+    """
+    state = a.solve(w, None, mu, importance)
+    residual = rounded(working(w) - working(a.reconstruct(state)), w.dtype, None)
+    return state, b.solve(residual, None, mu, importance)
+
+
+def _prefix(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ x and Σ x² over the first 0, 1, …, N entries."""
+    zero = x.new_zeros(1)
+    return torch.cat([zero, x.cumsum(0)]), torch.cat([zero, (x * x).cumsum(0)])

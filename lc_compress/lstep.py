@@ -1,0 +1,189 @@
+"""What the user's optimizer step does for LC: the two points at which the loss gradient can be taken.
+
+`PenaltyHook`: the parameters hold w; the gradient of the penalty is added just before the step (classic LC).
+`SumHook`: the parameters hold Δ(θ) and w lives here; it is put back for the step only (straight-through over the sum).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .task import Task
+
+Rule: TypeAlias = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class Hook(ABC):
+    """Attached to one optimizer: `before` its step, `after` it."""
+
+    def __init__(self, optimizer: Optimizer, tasks: Sequence[Task], lr_guard: bool) -> None:
+        self.optimizer, self.tasks, self.lr_guard = optimizer, tasks, lr_guard
+        self.mu = 0.0
+        self.guarded = (
+            0  # optimizer steps in which the learning-rate guard was below the user's rate
+        )
+        self._rates: list[Any] | None = None
+        self._check_groups()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._pre),
+            optimizer.register_step_post_hook(self._post),
+        ]
+
+    @abstractmethod
+    def begin(self, mu: float) -> None:
+        """A new μ, Δ(θ) or λ holds from the next step on."""
+
+    @abstractmethod
+    def before(self) -> None: ...
+
+    @abstractmethod
+    def after(self) -> None: ...
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _check_groups(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for task in self.tasks:
+            for name, p in zip(task.names, task.parameters, strict=True):
+                if p.requires_grad and id(p) not in held:
+                    raise ValueError(
+                        f"{name!r} is to be compressed but is not in the optimizer. Make the optimizer from this model's parameters."
+                    )
+
+    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(x is not None for x in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step(closure) computes its gradients inside the step, after LC's turn. "
+                f"Compute them before step(), or use loss + lc.penalty() without optimizer=."
+            )
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}(fused=True) under GradScaler unscales gradients inside its step, after LC's turn. "
+                f"Use fused=False, or loss + lc.penalty()."
+            )
+        self._check_gradients()
+        self._guard()
+        self.before()
+
+    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._rates is not None:
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                _set_rate(group, rate)
+            self._rates = None
+        self.after()
+
+    def _check_gradients(self) -> None:
+        """On the CPU, where it costs no synchronisation; elsewhere the next C step finds the weights."""
+        pairs = [
+            (n, p.grad) for t in self.tasks for n, p in zip(t.names, t.parameters, strict=True)
+        ]
+        grads = [grad for _, grad in pairs if grad is not None and grad.device.type == "cpu"]
+        if grads and not torch.stack(torch._foreach_norm(grads)).isfinite().all():
+            bad = [n for n, grad in pairs if grad is not None and not grad.isfinite().all()]
+            if bad:
+                raise RuntimeError(f"The gradient of {bad} contains NaN or inf; no step was taken.")
+
+    def _guard(self) -> None:
+        """lr ≤ 1/μ during this step (papers/learning-compression.md, section 1)."""
+        if not self.lr_guard or self.mu <= 0:
+            return
+        groups = self.optimizer.param_groups
+        if any(float(group["lr"]) > 1 / self.mu for group in groups):
+            self.guarded += 1
+            self._rates = [
+                g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups
+            ]
+            for group in groups:
+                _set_rate(group, min(float(group["lr"]), 1 / self.mu))
+
+
+def _set_rate(group: dict[str, Any], rate: Any) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+class PenaltyHook(Hook):
+    """Adds μ (w − Δ(θ)) − λ to the gradient of w: two fused passes over the weights, no graph."""
+
+    @torch.no_grad()
+    def begin(self, mu: float) -> None:
+        self.mu = mu
+        self._parameters = [p for task in self.tasks for p in task.parameters]
+        self._pulls = [
+            delta * mu + multiplier
+            for task in self.tasks
+            for delta, multiplier in zip(task.delta, task.multipliers, strict=True)
+        ]
+
+    @torch.no_grad()
+    def before(self) -> None:
+        active = [
+            (p, p.grad, pull)
+            for p, pull in zip(self._parameters, self._pulls, strict=True)
+            if p.grad is not None
+        ]
+        if active:
+            parameters, grads, pulls = map(list, zip(*active, strict=True))
+            torch._foreach_add_(grads, parameters, alpha=self.mu)
+            torch._foreach_sub_(grads, pulls)
+
+    def after(self) -> None:
+        pass
+
+
+class SumHook(Hook):
+    """The loss gradient is taken at Δ(θ) and applied to w; a C step follows every `every` optimizer steps."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: Sequence[Task],
+        lr_guard: bool,
+        every: int,
+        rule: Rule | None,
+        c_step: Callable[[], None],
+    ) -> None:
+        super().__init__(optimizer, tasks, lr_guard)
+        self.every, self.rule, self.c_step = every, rule, c_step
+        self.count = 0
+
+    def begin(self, mu: float) -> None:
+        self.mu = mu
+
+    @torch.no_grad()
+    def before(self) -> None:
+        for task in self.tasks:
+            assert task.weights is not None
+            zipped = zip(task.parameters, task.weights, task.delta, task.multipliers, strict=True)
+            for p, w, delta, multiplier in zipped:
+                p.copy_(w)
+                if p.grad is None:
+                    continue
+                if self.rule is not None:
+                    p.grad.copy_(self.rule(p.grad, w, task.state))
+                if self.mu > 0:
+                    p.grad.add_(w - delta, alpha=self.mu).sub_(multiplier)
+
+    @torch.no_grad()
+    def after(self) -> None:
+        for task in self.tasks:
+            assert task.weights is not None
+            for p, w in zip(task.parameters, task.weights, strict=True):
+                w.copy_(p)
+        self.count += 1
+        try:
+            if self.count % self.every == 0:
+                self.c_step()
+        finally:
+            for task in self.tasks:
+                task.show_delta()

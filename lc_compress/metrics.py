@@ -1,0 +1,252 @@
+"""What a compressed model costs and how far it is from its weights: one report, counted from what would be stored."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .part import Ops
+from .selection import clean, named_tensors, unwrap
+from .task import Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task (a tensor or a joint group), or what is not compressed, or the total.
+
+    weights: how many numbers.   bits: stored size.   bits_per_weight, ratio32, ratio16: of it, against float32 and float16 storage.
+    mults, adds: for one example; None where the number of positions is not known (convolutions without example_inputs) or has no
+    meaning (embeddings).   dense_mults: the same for the plain layer.
+    gap: ‖w − Δ(θ)‖ / ‖w‖ now.   error: ‖w₀ − Δ(θ)‖ / ‖w₀‖ for the weights w₀ that the run started from.
+    """
+
+    name: str
+    parts: str
+    weights: int
+    bits: int
+    mults: int | None = None
+    adds: int | None = None
+    dense_mults: int | None = None
+    gap: float | None = None
+    error: float | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.bits / self.weights if self.weights else 0.0
+
+    @property
+    def ratio32(self) -> float:
+        return 32 * self.weights / self.bits if self.bits else float("inf")
+
+    @property
+    def ratio16(self) -> float:
+        return 16 * self.weights / self.bits if self.bits else float("inf")
+
+
+_COLUMNS = ("name", "parts", "weights", "bits", "bits_per_weight", "ratio32", "ratio16")
+_COSTS = ("mults", "adds", "dense_mults", "gap", "error")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows per task, what stays uncompressed, and the total. `print` it, or write it as JSON or CSV.
+
+    Uncompressed are all other floating-point entries of the model's state dict (biases, BatchNorm, other weights) at their own
+    size. The total counts both; no file header is counted here.
+    """
+
+    rows: tuple[Row, ...]
+    uncompressed: Row
+    total: Row
+
+    def dicts(self) -> list[dict[str, Any]]:
+        """The rows, then uncompressed and total, as plain dictionaries."""
+        every = (*self.rows, self.uncompressed, self.total)
+        return [{key: getattr(row, key) for key in (*_COLUMNS, *_COSTS)} for row in every]
+
+    def json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """As JSON; also written to `path` if given."""
+        return _written(json.dumps(self.dicts(), indent=1), path)
+
+    def csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """As CSV; also written to `path` if given."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, (*_COLUMNS, *_COSTS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.dicts())
+        return _written(out.getvalue(), path)
+
+    def __str__(self) -> str:
+        header = (
+            "",
+            "parts",
+            "weights",
+            "bits",
+            "bits/w",
+            "×f32",
+            "×f16",
+            "mults",
+            "adds",
+            "gap",
+            "error",
+        )
+        return table(
+            [header]
+            + [
+                (
+                    row.name,
+                    row.parts,
+                    f"{row.weights:,}",
+                    f"{row.bits:,}",
+                    f"{row.bits_per_weight:.3f}",
+                    f"{row.ratio32:.2f}",
+                    f"{row.ratio16:.2f}",
+                    "–" if row.mults is None else f"{row.mults:,}",
+                    "–" if row.adds is None else f"{row.adds:,}",
+                    "–" if row.gap is None else f"{row.gap:.4f}",
+                    "–" if row.error is None else f"{row.error:.4f}",
+                )
+                for row in (*self.rows, self.uncompressed, self.total)
+            ]
+        )
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first two to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        target = Path(path)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    return text
+
+
+def report(
+    model: nn.Module,
+    tasks: Iterable[Task],
+    positions: Mapping[int, int],
+    started: Mapping[str, Sequence[Tensor]],
+) -> Report:
+    """Count everything. `positions`: for each parameter's id, its layer's output positions for one example."""
+    tasks = list(tasks)
+    rows = tuple(_row(task, positions, started.get(task.name, ())) for task in tasks)
+    owned = {name for task in tasks for name in task.names}
+    _, aliases = named_tensors(model)
+    entries = {clean(name): x for name, x in unwrap(model).state_dict().items()}
+    rest = [
+        x
+        for name, x in entries.items()
+        if name not in owned and aliases.get(name) is None and x.is_floating_point()
+    ]
+    weights = sum(x.numel() for x in rest)
+    uncompressed = Row(
+        "uncompressed", "", weights, sum(8 * x.numel() * x.element_size() for x in rest)
+    )
+    sums = {
+        key: _total([getattr(row, key) for row in rows]) for key in ("mults", "adds", "dense_mults")
+    }
+    total = Row(
+        "total",
+        "",
+        sum(row.weights for row in rows) + weights,
+        sum(row.bits for row in rows) + uncompressed.bits,
+        **sums,
+        gap=overall_gap(tasks),
+    )
+    return Report(rows, uncompressed, total)
+
+
+def overall_gap(tasks: Iterable[Task]) -> float:
+    """‖w − Δ(θ)‖ / ‖w‖ over all tasks together."""
+    norms = [task.norms() for task in tasks]
+    distance, size = sum(d for d, _ in norms), sum(s for _, s in norms)
+    return float((distance / size) ** 0.5) if size > 0 else float(distance**0.5)
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _row(task: Task, positions: Mapping[int, int], started: Sequence[Tensor]) -> Row:
+    seen = {positions.get(id(p)) for p in task.parameters}
+    ops: Ops | None = None
+    dense = _total(
+        [n * p.numel() if (n := positions.get(id(p))) else None for p in task.parameters]
+    )
+    if len(task.parameters) == 1 and (where := seen.pop()) is not None:
+        ops = task.part.ops(task.state, where)
+    return Row(
+        task.name,
+        str(task.part),
+        task.size,
+        task.part.bits(task.state),
+        ops and ops.mults,
+        ops and ops.adds,
+        dense,
+        task.gap(),
+        _error(started, task.delta),
+    )
+
+
+def _error(started: Sequence[Tensor], delta: Sequence[Tensor]) -> float | None:
+    if not started:
+        return None
+    pairs = list(zip(started, delta, strict=True))
+    distance = sum(float((w.double() - d.double()).square().sum()) for w, d in pairs)
+    size = sum(float(w.double().square().sum()) for w, _ in pairs)
+    return float((distance / size) ** 0.5) if size > 0 else float(distance**0.5)
+
+
+def measure_positions(model: nn.Module, example_inputs: Any = None) -> dict[int, int]:
+    """Output positions of one example for each weight of a linear or convolution layer, by the parameter's id.
+
+    A linear layer has one unless the examples show more (a sequence); convolutions need `example_inputs`: a tensor or a tuple of
+    arguments, with the batch as first axis.
+    """
+    inner = unwrap(model)
+    counts = {id(m.weight): 1 for m in inner.modules() if isinstance(m, nn.Linear)}
+    if example_inputs is None:
+        return counts
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        assert isinstance(channels, int) and isinstance(module.weight, Tensor)
+        seen[id(module.weight)] = output.numel() // channels // batch
+
+    seen: dict[int, int] = {}
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    batch = arguments[0].shape[0]
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    handles = [m.register_forward_hook(count) for m in inner.modules() if isinstance(m, layers)]
+    modes = {module: module.training for module in inner.modules()}
+    try:
+        inner.eval()
+        with torch.no_grad():
+            inner(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return counts | seen

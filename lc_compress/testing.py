@@ -1,0 +1,701 @@
+"""The contract every part lives by, as checks that a third-party part can run: `check_part(part)`.
+
+One function per property. A property takes a `Case` (a part and the facts stated about it) and
+weights, raises `AssertionError` where the part breaks the property, and returns whether there was
+anything to check (a part that declares no cone has no cone to test).
+
+The checks are mathematics, not recorded output: feasibility, stationarity, comparison with brute
+force, symmetry. `project` keeps a warm start that is better than the new state, which hides a bad
+solver; so wherever that matters `solve` is called directly as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compose import Sum
+from .part import Ops, Part
+
+Shape = tuple[int, ...]
+Brute = Callable[[Tensor, Tensor, float], "float | None"]
+Symmetry = Callable[[Shape, torch.Generator], Callable[[Tensor], Tensor]]
+
+SHAPES: tuple[Shape, ...] = ((6, 8), (13, 2), (2, 13), (1, 1))
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# ------------------------------------------------------------------ tolerances, all of them
+
+# Optimal and stationary up to this share of the objective.
+RELATIVE = 1e-6
+# Rounding errors allowed in Δ, in units of eps of the coarsest type that Δ passes through: a low
+# rank product has two rounded factors and a rounded sum, the longest chain there is.
+ROUNDINGS = 8
+# Sums in float64 may lose this share of Σ w²: solvers that score candidates by prefix sums
+# (S₂ − S₁²/m) cannot tell two apart that differ by less.
+CANCELLATION = 1e-13
+# Two ways to the same Δ (another order of summation, another basis) may differ by this many eps of
+# the weights' type, more than rounding where a gap in the spectrum amplifies it.
+SAME_DELTA = 100
+
+
+def coarsest_eps(case: Case, w: Tensor) -> float:
+    """Relative spacing of the coarsest type that the values of Δ are rounded to."""
+    return max(torch.finfo(t).eps for t in (w.dtype, case.value_dtype) if t is not None)
+
+
+# ------------------------------------------------------------------ cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part and the facts stated about it; what is not stated is not checked.
+
+    Args:
+        part: the part under test.
+        shapes: shapes it projects. The first carries every kind of weights.
+        cone: the set {Δ(θ)} is closed under multiplication by positive numbers, and `solve` ends
+            where no common factor of Δ helps. So ⟨w − Δ, Δ⟩ = 0.
+        symmetries: transformations of the weights that Δ follows (`permute`, `negate`, ...).
+        brute: (w, importance, mu) ↦ the least possible objective by enumeration, for float64
+            tensors of `brute_shape`, or `None` where it is not known (importance is all ones for
+            the unweighted problem; mu is 1 for constraint forms).
+        brute_shape: a shape small enough for `brute`.
+        mu: weight of the distance for penalty forms; `None` says that this is a constraint form.
+        value_dtype: the type that the part rounds its values to, if not that of the weights.
+        dtypes: types of weights that it projects.
+        device: where the weights lie.
+    """
+
+    part: Part[Any]
+    shapes: tuple[Shape, ...] = SHAPES
+    cone: bool = False
+    symmetries: tuple[Symmetry, ...] = ()
+    brute: Brute | None = None
+    brute_shape: Shape = (2, 4)
+    mu: float | None = None
+    value_dtype: torch.dtype | None = None
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    device: str = "cpu"
+
+    def samples(self) -> Iterator[tuple[str, Tensor]]:
+        """Labelled weights: every kind in the first shape, Gaussian ones in the others."""
+        for dtype in self.dtypes:
+            for kind in KINDS:
+                if dtype == torch.float16 and kind in (tiny, huge):
+                    continue  # float16 ends at 6e-8 and 65504
+                shapes = self.shapes if kind is gaussian else self.shapes[:1]
+                for shape in shapes:
+                    w = kind(shape, generator()).to(self.device, dtype)
+                    yield f"{kind.__name__} weights {shape}, {name_of(dtype)}", w
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """A seeded generator: the same numbers on every device."""
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(shape: Shape, g: torch.Generator) -> Tensor:
+    """Independent normal weights, the common case."""
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def heavy_tailed(shape: Shape, g: torch.Generator) -> Tensor:
+    """A few weights far larger than the rest: signs times exp of a normal."""
+    x = gaussian(shape, g)
+    return x.sign() * torch.exp(1.5 * gaussian(shape, g))
+
+
+def zero(shape: Shape, g: torch.Generator) -> Tensor:
+    """All zero: nothing to scale by, every weight tied."""
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def constant(shape: Shape, g: torch.Generator) -> Tensor:
+    """All equal."""
+    return torch.full(shape, -0.75, dtype=torch.float64)
+
+
+def tied(shape: Shape, g: torch.Generator) -> Tensor:
+    """Few distinct values, zero among them, in both signs."""
+    return torch.randint(-2, 3, shape, generator=g).double() / 2
+
+
+def tiny(shape: Shape, g: torch.Generator) -> Tensor:
+    """Squares underflow in float32."""
+    return gaussian(shape, g) * 1e-20
+
+
+def huge(shape: Shape, g: torch.Generator) -> Tensor:
+    """Sums of squares overflow in float32."""
+    return gaussian(shape, g) * 1e18
+
+
+KINDS = (gaussian, heavy_tailed, zero, constant, tied, tiny, huge)
+
+
+# ------------------------------------------------------------------ symmetries
+
+
+def permute(shape: Shape, g: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Any reordering of the weights."""
+    order = torch.randperm(torch.Size(shape).numel(), generator=g)
+    return lambda t: t.flatten()[order.to(t.device)].reshape(shape)
+
+
+def permute_axes(shape: Shape, g: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A reordering of the indices of each axis."""
+    orders = [torch.randperm(size, generator=g) for size in shape]
+
+    def apply(t: Tensor) -> Tensor:
+        for axis, order in enumerate(orders):
+            t = t.index_select(axis, order.to(t.device))
+        return t
+
+    return apply
+
+
+def negate(shape: Shape, g: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """All signs at once."""
+    return lambda t: -t
+
+
+def flip_signs(shape: Shape, g: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Any signs."""
+    signs = torch.randint(0, 2, shape, generator=g) * 2 - 1
+    return lambda t: t * signs.to(t)
+
+
+def rescale(shape: Shape, g: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Multiplication by a power of two, which no floating-point type rounds."""
+    return lambda t: t * 8
+
+
+def rotate(shape: Shape, g: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Orthogonal maps from both sides of a matrix."""
+    left, right = (torch.linalg.qr(gaussian((size, size), g))[0] for size in shape)
+    return lambda t: (left.to(t.device) @ t.double() @ right.to(t.device)).to(t.dtype)
+
+
+# ------------------------------------------------------------------ one projection problem
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """min over θ of  μ/2 Σ importance·(w − Δ(θ))² + penalty(θ), with the rounding it allows."""
+
+    case: Case
+    w: Tensor
+    importance: Tensor | None = None
+
+    @property
+    def certain(self) -> bool:
+        """The part claims a global minimiser."""
+        part = self.case.part
+        return part.exact if self.importance is None else part.exact_weighted
+
+    def solve(self, warm: Any = None) -> Any:
+        """`solve` as `project` calls it, but without the safeguard."""
+        with torch.no_grad():
+            return self.case.part.solve(self.w, warm, self.case.mu, self.importance)
+
+    def project(self, warm: Any = None) -> Any:
+        """The checked, safeguarded projection."""
+        return self.case.part.project(self.w, warm, mu=self.case.mu, importance=self.importance)
+
+    def delta(self, state: Any) -> Tensor:
+        """Δ(θ)."""
+        with torch.no_grad():
+            return self.case.part.reconstruct(state)
+
+    def objective(self, state: Any) -> float:
+        """The value that `project` compares."""
+        return self.case.part.objective(self.w, state, self.case.mu, self.importance)
+
+    def slack(self, state: Any, value: float) -> float:
+        """How far rounding can move an objective of about `value`, reached by `state`.
+
+        A change δ of Δ changes ‖w − Δ‖² by at most 2 ‖w − Δ‖ ‖δ‖ + ‖δ‖².
+        """
+        weights = torch.ones_like(self.w) if self.importance is None else self.importance
+        size = self.w.double() ** 2 + self.delta(state).double() ** 2
+        energy = float((size * weights.double()).sum())
+        half_mu = (1.0 if self.case.mu is None else self.case.mu) / 2
+        moved = ROUNDINGS * coarsest_eps(self.case, self.w) * energy**0.5
+        residual = (abs(value) / half_mu) ** 0.5
+        rounding = half_mu * (2 * residual * moved + moved**2 + CANCELLATION * energy)
+        return rounding + RELATIVE * abs(value)
+
+
+def expect(condition: bool, message: str) -> None:
+    """An assertion that survives `python -O`."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def expect_same(a: Tensor, b: Tensor, message: str) -> None:
+    """Bit for bit."""
+    expect(a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all()), message)
+
+
+def expect_close(a: Tensor, b: Tensor, message: str) -> None:
+    """The same Δ up to the order of floating-point operations."""
+    tolerance = max(SAME_DELTA * torch.finfo(a.dtype).eps, 1e-10)
+    distance = float(torch.linalg.vector_norm(a.double() - b.double()))
+    allowed = tolerance * float(torch.linalg.vector_norm(b.double()))
+    expect(distance <= allowed, f"{message}: distance {distance:.3g} > {allowed:.3g}")
+
+
+def importances(w: Tensor) -> list[Tensor | None]:
+    """None, random ones, and random ones of which a third are zero."""
+    dtype = w.dtype if w.dtype == torch.float64 else torch.float32
+    random = torch.rand(w.shape, generator=generator(1), dtype=torch.float64) + 0.1
+    holes = random * (torch.rand(w.shape, generator=generator(2), dtype=torch.float64) > 1 / 3)
+    return [None, random.to(w.device, dtype), holes.to(w.device, dtype)]
+
+
+def neighbours(w: Tensor) -> list[Tensor]:
+    """Other weights of the same size: moved a little, and unrelated."""
+    noise = gaussian(tuple(w.shape), generator(3)).to(w.device)
+    scale = w.double().abs().max()
+    return [(w.double() + 0.05 * scale * noise).to(w.dtype), (scale * noise / 4).to(w.dtype)]
+
+
+# ------------------------------------------------------------------ properties
+
+
+def keeps_shape_dtype_device(case: Case, w: Tensor) -> bool:
+    """Δ is finite and looks like w; w stays as it was; no autograd graph is recorded."""
+    leaf = w.clone().requires_grad_()
+    state = Problem(case, leaf).project()
+    expect_same(leaf.detach(), w, "the weights were changed")
+    delta = case.part.reconstruct(state)
+    for what in ("shape", "dtype", "device"):
+        is_, was = getattr(delta, what), getattr(w, what)
+        expect(is_ == was, f"{what} of Δ is {is_}, that of the weights {was}")
+    expect(bool(torch.isfinite(delta).all()), "Δ contains NaN or inf")
+    expect(not delta.requires_grad, "projecting recorded an autograd graph")
+    for importance in importances(w)[1:]:
+        weighted = Problem(case, w, importance)
+        finite = bool(torch.isfinite(weighted.delta(weighted.project())).all())
+        expect(finite, "Δ contains NaN or inf with importance")
+    return True
+
+
+def is_deterministic(case: Case, w: Tensor) -> bool:
+    """Same weights and start, same bits, whatever the global generator and the memory layout."""
+    problem = Problem(case, w)
+    first = problem.delta(problem.solve())
+    with torch.random.fork_rng():
+        torch.rand(3)
+        before = torch.get_rng_state()
+        state = problem.solve()
+        expect(torch.equal(torch.get_rng_state(), before), "the global generator was used")
+    expect_same(problem.delta(state), first, "solving twice gave two Δ")
+    warm = [problem.delta(problem.solve(state)) for _ in range(2)]
+    expect_same(warm[0], warm[1], "solving twice from one state gave two Δ")
+    strided = Problem(case, w.transpose(0, -1).contiguous().transpose(0, -1))
+    other = strided.objective(strided.project())
+    value = problem.objective(problem.project())
+    slack = problem.slack(state, value)
+    expect(abs(other - value) <= slack, f"strided weights: objective {other}, else {value}")
+    return True
+
+
+def is_a_value(case: Case, w: Tensor) -> bool:
+    """Part and state survive pickle and deepcopy; parts compare by value; a warm start is kept."""
+    part, problem = case.part, Problem(case, w)
+    state = problem.project()
+    delta = problem.delta(state).clone()
+    for clone in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        twin = clone(part)
+        expect(twin == part and hash(twin) == hash(part), "a copy of the part is not equal to it")
+        expect_same(twin.reconstruct(clone(state)), delta, "a copied state has another Δ")
+    for moved in neighbours(w):
+        Problem(case, moved).project(state)
+        expect_same(problem.delta(state), delta, "projecting changed its warm start")
+    return True
+
+
+def is_idempotent(case: Case, w: Tensor) -> bool:
+    """A projected point projects to itself: from its own state, and from nothing if exact."""
+    if case.mu is not None:
+        return False  # a penalty shrinks again
+    problem = Problem(case, w)
+    state = problem.project()
+    delta = problem.delta(state)
+    again = Problem(case, delta)
+    starts = (state, None) if case.part.exact else (state,)
+    for warm in starts:
+        value = again.objective(again.project(warm))
+        slack = again.slack(state, 0.0)
+        start = "scratch" if warm is None else "its state"
+        expect(value <= slack, f"projecting Δ from {start} leaves {value:.3g} > {slack:.3g}")
+    return True
+
+
+def never_raises_objective(case: Case, w: Tensor) -> bool:
+    """objective(w', project(w', θ)) ≤ objective(w', θ); the bare `solve` too where it is exact."""
+    for importance in importances(w):
+        state = Problem(case, w, importance).project()
+        for moved in (w, *neighbours(w)):
+            problem = Problem(case, moved, importance)
+            before = problem.objective(state)
+            found = {"project": problem.project(state)}
+            if problem.certain:
+                found |= {"warm solve": problem.solve(state), "cold solve": problem.solve()}
+            for what, new in found.items():
+                after = problem.objective(new)
+                slack = problem.slack(state, before)
+                kind = "unweighted" if importance is None else "weighted"
+                message = f"{what} ({kind}) raised the objective from {before} to {after}"
+                expect(after <= before + slack, message)
+    return True
+
+
+def is_orthogonal_to_its_error(case: Case, w: Tensor) -> bool:
+    """⟨w − Δ, Δ⟩ = 0 for cones, hence ‖w‖² = ‖Δ‖² + ‖w − Δ‖²; weighted where exact."""
+    if not case.cone:
+        return False
+    for importance in importances(w):
+        problem = Problem(case, w, importance)
+        if importance is not None and not problem.certain:
+            continue
+        delta = problem.delta(problem.solve()).double()
+        weights = torch.ones_like(delta) if importance is None else importance.double()
+        inner = abs(float((weights * (w.double() - delta) * delta).sum()))
+        energy = float((weights * w.double() ** 2).sum())
+        allowed = max(ROUNDINGS * coarsest_eps(case, w), 1e-10) * energy
+        expect(inner <= allowed, f"⟨w − Δ, Δ⟩ = {inner:.3g}, allowed {allowed:.3g}")
+    return True
+
+
+def is_optimal(case: Case, w: Tensor) -> bool:
+    """Exact parts reach the optimum found by brute force; no part gets below it."""
+    if case.brute is None:
+        return False
+    for small in crops(w, case.brute_shape):
+        for importance in importances(small):
+            problem = Problem(case, small, importance)
+            weights = torch.ones_like(small) if importance is None else importance
+            mu = 1.0 if case.mu is None else case.mu
+            best = case.brute(small.double().cpu(), weights.double().cpu(), mu)
+            if best is None:
+                continue
+            kind = "unweighted" if importance is None else "weighted"
+            for what, state in (("solve", problem.solve()), ("project", problem.project())):
+                value = problem.objective(state)
+                slack = problem.slack(state, best)
+                low = f"{what} ({kind}) reached {value}, below the brute-force optimum {best}"
+                expect(value >= best - slack, low)
+                high = f"{what} ({kind}) reached {value}, the optimum is {best}; weights {small}"
+                expect(not problem.certain or value <= best + slack, high)
+    return True
+
+
+def crops(w: Tensor, shape: Shape, limit: int = 3) -> list[Tensor]:
+    """Up to `limit` pieces of `w` in the given shape; `w` itself if it is not larger."""
+    size = torch.Size(shape).numel()
+    if w.numel() <= size:
+        return [w]
+    pieces = w.flatten().split(size)
+    return [piece.reshape(shape) for piece in pieces if piece.numel() == size][:limit]
+
+
+def follows_symmetries(case: Case, w: Tensor) -> bool:
+    """Transformed weights give the transformed Δ: the same objective if exact, the same Δ off ties.
+
+    Δ is not compared for 16-bit weights, whose few values tie.
+    """
+    problem = Problem(case, w)
+    state = problem.solve()
+    delta, value = problem.delta(state), problem.objective(state)
+    magnitudes = w.abs().flatten()
+    distinct = magnitudes.unique().numel() == magnitudes.numel()
+    for symmetry in case.symmetries:
+        transform = symmetry(tuple(w.shape), generator(4))
+        other = Problem(case, transform(w))
+        found = other.solve()
+        name = getattr(symmetry, "__name__", str(symmetry))
+        if case.part.exact:
+            expected = value * 64 if symmetry is rescale else value
+            reached, slack = other.objective(found), other.slack(found, expected)
+            message = f"after {name} the objective is {reached}, expected {expected}"
+            expect(abs(reached - expected) <= slack, message)
+        if distinct and w.dtype in (torch.float32, torch.float64):
+            expect_close(other.delta(found), transform(delta), f"{name} gives another Δ")
+    return bool(case.symmetries)
+
+
+def stores_what_it_counts(case: Case, w: Tensor) -> bool:
+    """Unpacking what was packed rebuilds Δ bit for bit, and the bytes are the bits counted."""
+    part, problem = case.part, Problem(case, w)
+    state = problem.project()
+    fields = part.encode(state)
+    total, arrays, payloads = 0, {}, {}
+    for name, field in fields.items():
+        bits = field.coding.bits(field.data)
+        payload = field.coding.pack(field.data)
+        expect(type(bits) is int and bits >= 0, f"bits of {name!r} is {bits!r}")
+        padding = 8 * len(payload) - bits
+        message = f"{name!r} counts {bits} bits and packs {len(payload)} bytes"
+        expect(0 <= padding < 8, message)
+        if field.per_weight:
+            expect(field.data.shape == w.shape, f"{name!r} is not in the shape of the weights")
+        arrays[name] = field.coding.unpack(payload, field.data.shape)
+        expect(arrays[name].shape == field.data.shape, f"unpacking changed the shape of {name!r}")
+        payloads[name] = payload
+        total += bits
+    counted = part.bits(state)
+    expect(type(counted) is int and counted == total, f"bits: {counted!r}, fields: {total}")
+    loaded = part.decode(arrays, w.shape, w.dtype)
+    delta = problem.delta(state).cpu()
+    expect_same(part.reconstruct(loaded).cpu(), delta, "the stored state has another Δ")
+    again = {name: f.coding.pack(f.data) for name, f in part.encode(loaded).items()}
+    expect(again == payloads, "storing the loaded state gives other bytes")
+    return True
+
+
+def is_block_stationary(case: Case, w: Tensor) -> bool:
+    """No term of a `Sum` improves on what the others leave; called through `solve`, cold and warm."""
+    part = case.part
+    if not isinstance(part, Sum):
+        return False
+    for importance in importances(w):
+        problem = Problem(case, w, importance)
+        cold = problem.solve()
+        moved = Problem(case, neighbours(w)[0], importance)
+        for whole, states in ((problem, cold), (moved, moved.solve(cold))):
+            value = whole.objective(states)
+            slack = whole.slack(states, value)
+            deltas = [t.reconstruct(s).double() for t, s in zip(part.parts, states, strict=True)]
+            for i, term in enumerate(part.parts):
+                others = sum(
+                    (d for j, d in enumerate(deltas) if j != i), torch.zeros_like(deltas[i])
+                )
+                left = (whole.w.double() - others).to(w.dtype)
+                with torch.no_grad():
+                    new = term.solve(left, states[i], case.mu, importance)
+                improved = whole.objective((*states[:i], new, *states[i + 1 :]))
+                message = f"{term} alone lowers the objective from {value} to {improved}"
+                expect(improved >= value - slack, message)
+    return True
+
+
+def respects_importance(case: Case, w: Tensor) -> bool:
+    """Ones are as good as none; a common factor, broadcasting and weights that do not count."""
+    plain = Problem(case, w)
+    unweighted = plain.project()
+    value = plain.objective(unweighted)
+    _, random, holes = importances(w)
+    assert random is not None and holes is not None
+    ones = Problem(case, w, torch.ones_like(random))
+    reached = ones.objective(ones.project())
+    slack = ones.slack(unweighted, value)
+    expect(abs(reached - value) <= slack, f"importance of ones: {reached}, without: {value}")
+
+    column = random[(slice(None), *(slice(1),) * (w.dim() - 1))]
+    full = Problem(case, w, column.expand(w.shape).contiguous())
+    state = full.project()
+    broadcast = Problem(case, w, column).project()
+    reached, expected = full.objective(broadcast), full.objective(state)
+    message = f"importance that broadcasts: objective {reached}, written out: {expected}"
+    expect(abs(reached - expected) <= full.slack(state, expected), message)
+
+    if case.mu is None:
+        weighted, scaled = Problem(case, w, random), Problem(case, w, random * 4)
+        delta = weighted.delta(weighted.solve())
+        expect_same(scaled.delta(scaled.solve()), delta, "4 · importance gives another Δ")
+        nothing = Problem(case, w, torch.zeros_like(random))
+        finite = bool(torch.isfinite(nothing.delta(nothing.project())).all())
+        expect(finite, "Δ contains NaN or inf where no weight counts")
+
+    if case.part.exact_weighted:
+        partial = Problem(case, w, holes)
+        hidden = Problem(case, torch.where(holes > 0, w, neighbours(w)[1]), holes)
+        state = partial.solve()
+        reached, expected = hidden.objective(hidden.solve()), partial.objective(state)
+        message = f"weights of importance 0 changed the objective: {reached}, before {expected}"
+        expect(abs(reached - expected) <= partial.slack(state, expected), message)
+    return True
+
+
+def differentiates(case: Case, w: Tensor) -> bool:
+    """The gradient of Δ in the tunable values equals finite differences; `with_tunable` keeps them.
+
+    In float64 only: differences of coarser numbers say little.
+    """
+    part, problem = case.part, Problem(case, w)
+    state = problem.project()
+    values = part.tunable(state)
+    same = part.with_tunable(state, values)
+    expect_same(problem.delta(same), problem.delta(state), "with_tunable(tunable) changed Δ")
+    moved = {name: value * 1.25 for name, value in values.items()}
+    kept = part.tunable(part.with_tunable(state, moved))
+    expect(kept.keys() == moved.keys(), f"tunable names: {sorted(kept)}, were {sorted(moved)}")
+    for name, value in moved.items():
+        expect_same(kept[name], value, f"with_tunable changed {name!r}")
+    if w.dtype != torch.float64:
+        return True
+
+    weights = gaussian(tuple(w.shape), generator(5)).to(w.device)
+    for name, value in values.items():
+        leaf = value.clone().requires_grad_()
+        delta = part.reconstruct(part.with_tunable(state, {**values, name: leaf}))
+        expect(delta.requires_grad, f"Δ is not differentiable in {name!r}")
+        (gradient,) = torch.autograd.grad((weights * delta).sum(), leaf)
+        if value.numel() == 0:
+            continue
+        # Along a direction of the values' own size, so that the step fits tiny and huge ones.
+        size = float(value.abs().max()) or 1.0
+        direction = gaussian(tuple(value.shape), generator(6)).to(w.device) * size
+        slope = float((gradient * direction).sum())
+        step = 1e-3  # Δ is a polynomial of degree two at most: no truncation error to balance
+        ends = []
+        for sign in (1, -1):
+            shifted = {**values, name: value + sign * step * direction}
+            ends.append(problem.delta(part.with_tunable(state, shifted)))
+        difference = float((weights * (ends[0] - ends[1])).sum()) / (2 * step)
+        scale = float((weights * (ends[0].abs() + ends[1].abs())).abs().sum())
+        message = f"slope in {name!r}: {slope}, by differences: {difference}"
+        expect(abs(slope - difference) <= 1e-9 * scale, message)
+    return True
+
+
+def counts_operations(case: Case, w: Tensor) -> bool:
+    """Operations are non-negative whole numbers, in proportion to the positions."""
+    state = Problem(case, w).project()
+    one = case.part.ops(state)
+    for positions in (1, 3):
+        ops = case.part.ops(state, positions)
+        whole = type(ops.mults) is int and type(ops.adds) is int
+        expect(isinstance(ops, Ops) and whole, f"ops are not whole numbers: {ops!r}")
+        expect(min(ops.mults, ops.adds) >= 0, f"negative operations: {ops}")
+        expected = Ops(positions * one.mults, positions * one.adds)
+        expect(ops == expected, f"{positions} positions take {ops}, one takes {one}")
+    return True
+
+
+def refuses_bad_input(case: Case, w: Tensor) -> bool:
+    """What no projection is defined for raises `ValueError` or `TypeError`, never a quiet result."""
+    spoiled = w.clone()
+    spoiled[(0,) * w.dim()] = float("nan")
+    infinite = w.clone()
+    infinite[(0,) * w.dim()] = float("inf")
+    mu = case.mu
+    bad: dict[str, tuple[Tensor, dict[str, Any]]] = {
+        "integer weights": (torch.ones(w.shape, dtype=torch.int64), {"mu": mu}),
+        "NaN in the weights": (spoiled, {"mu": mu}),
+        "inf in the weights": (infinite, {"mu": mu}),
+        "empty weights": (w[:0], {"mu": mu}),
+        "negative importance": (w, {"mu": mu, "importance": -torch.ones_like(w)}),
+        "NaN in the importance": (w, {"mu": mu, "importance": spoiled}),
+        "importance of another shape": (w, {"mu": mu, "importance": w.new_ones(w.shape[0] + 1, 2)}),
+        "importance larger than w": (w, {"mu": mu, "importance": w.new_ones(2, *w.shape)}),
+        "mu = 0": (w, {"mu": 0.0}),
+        "negative mu": (w, {"mu": -1.0}),
+    }
+    if mu is not None:
+        bad["a penalty without mu"] = (w, {})
+    for what, (weights, arguments) in bad.items():
+        try:
+            case.part.project(weights, **arguments)
+        except (ValueError, TypeError) as error:
+            expect(bool(str(error)), f"{what}: the error says nothing")
+        else:
+            raise AssertionError(f"{what}: accepted")
+    return True
+
+
+def admits_its_states(case: Case, w: Tensor) -> bool:
+    """What `solve` and `project` return satisfies the part's own constraints."""
+    for importance in importances(w):
+        problem = Problem(case, w, importance)
+        cold = problem.solve()
+        for state in (cold, problem.project(), problem.solve(cold)):
+            expect(case.part.admits(state) is True, "the part does not admit its own state")
+    return True
+
+
+Property = Callable[[Case, Tensor], bool]
+
+PROPERTIES: tuple[Property, ...] = (
+    keeps_shape_dtype_device,
+    is_deterministic,
+    is_a_value,
+    is_idempotent,
+    never_raises_objective,
+    is_orthogonal_to_its_error,
+    is_optimal,
+    follows_symmetries,
+    stores_what_it_counts,
+    is_block_stationary,
+    respects_importance,
+    differentiates,
+    counts_operations,
+    refuses_bad_input,
+    admits_its_states,
+)
+
+
+# ------------------------------------------------------------------ drivers
+
+
+def check_property(check: Property, case: Case) -> int:
+    """Run one property on all samples of a case; how many there was something to check on.
+
+    Raises:
+        AssertionError: naming the property, the part and the weights it fails on.
+    """
+    count = 0
+    name = getattr(check, "__name__", str(check))
+    for label, w in case.samples():
+        try:
+            count += check(case, w)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise AssertionError(f"{name}: {case.part} on {label}: {text}") from error
+    return count
+
+
+def check_part(
+    part: Part[Any],
+    *,
+    shapes: tuple[Shape, ...] = SHAPES,
+    cone: bool = False,
+    symmetries: tuple[Symmetry, ...] = (),
+    brute: Brute | None = None,
+    brute_shape: Shape = (2, 4),
+    mu: float | None = None,
+    value_dtype: torch.dtype | None = None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    device: str = "cpu",
+) -> int:
+    """Check that `part` keeps the contract. The arguments are those of `Case`.
+
+    Example:
+        >>> from lc_compress.sparse import Sparse
+        >>> check_part(Sparse(nonzeros=3), cone=True, symmetries=(permute, negate)) > 100
+        True
+
+    Returns:
+        The number of checks run.
+
+    Raises:
+        AssertionError: naming the property, the part and the weights it fails on.
+    """
+    if value_dtype is None:
+        value_dtype = getattr(part, "value_dtype", None)
+    case = Case(part, shapes, cone, symmetries, brute, brute_shape, mu, value_dtype, dtypes, device)
+    return sum(check_property(check, case) for check in PROPERTIES)
