@@ -24,13 +24,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from data import TEST, TRAIN, augmented, cifar10, normalized, padded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import TEST, TRAIN, augmented, cifar10, normalized, padded
 from lc_compress import LC, Binary, Sparse, constant, geometric
-from lc_compress.batchnorm import recalibrate
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -371,13 +370,14 @@ def main(argv: list[str]) -> None:
     if wanted:
         summary(Path(config.out) if config.out else RESULTS)
         return
+    origin = provenance()  # of the code that runs, not of what the folder holds when it ends
     result = run(config)
     name = f"cifar_resnet{config.depth}_{config.gradient}_seed{config.seed}{'_smoke' if config.smoke else ''}.json"
     path = Path(config.out) if config.out else RESULTS / name
     hidden = {"data", "weights", "checkpoint", "out"}
     kept = {key: value for key, value in asdict(config).items() if key not in hidden}
     command = f"python experiments/cifar_resnet.py --data DIR --weights FILE --gradient {config.gradient} --seed {config.seed}"
-    write(path, {"command": command, "config": kept, "result": result, **provenance()})
+    write(path, {"command": command, "config": kept, "result": result, **origin})
 
 
 if __name__ == "__main__":

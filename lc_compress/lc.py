@@ -249,7 +249,7 @@ class LC:
     # ------------------------------------------------------------------ the compressed model
 
     @contextmanager
-    def compressed(self, calibration: Calibration | None | _Unset = _UNSET) -> Iterator[nn.Module]:
+    def compressed(self, calibration: Calibration | _Unset | None = _UNSET) -> Iterator[nn.Module]:
         """Inside, the model's weights are Δ(θ) and BatchNorm fits them; on exit everything is as before.
 
         Args:
@@ -306,7 +306,7 @@ class LC:
         return True
 
     def finalize(
-        self, calibration: Calibration | None | _Unset = _UNSET, *, best: bool = False
+        self, calibration: Calibration | _Unset | None = _UNSET, *, best: bool = False
     ) -> None:
         """End the run: the model is Δ(θ) from here on, and the optimizer's hooks are gone.
 
