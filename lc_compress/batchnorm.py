@@ -25,6 +25,8 @@ def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
 def recalibrate(model: nn.Module, calibration: Calibration) -> None:
     """Replace the running statistics by the mean over the given batches; nothing else of the model changes.
 
+    A layer that none of the batches reaches keeps its statistics.
+
     Args:
         calibration: an iterable of batches, each a tensor, a mapping of keyword arguments, or a sequence that starts with the input;
             or a function that runs the model on the data itself. Only BatchNorm layers are in training mode meanwhile.
@@ -42,37 +44,45 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
             module.reset_running_stats()
             module.momentum = None  # plain average
             module.train()
-        batches = _run(model, calibration)
+        _run(model, calibration)
+        seen = {n: m for n, m in norms.items() if int(_counted(m)) > 0}
+        if norms and not seen:
+            raise ValueError("Calibration got no batch: a loader that is not empty is needed.")
         for name, module in norms.items():
+            if name not in seen:  # a branch that this data does not take
+                module.load_state_dict(before[name])
+        for name, module in seen.items():
             assert module.running_mean is not None and module.running_var is not None
             if not (module.running_mean.isfinite().all() and module.running_var.isfinite().all()):
                 raise ValueError(f"Calibration gave NaN or inf in the statistics of {name!r}.")
-        if batches == 0:
-            raise ValueError("Calibration got no batch: a loader that is not empty is needed.")
     except BaseException:
         for name, module in norms.items():
             module.load_state_dict(before[name])
         raise
     finally:
-        for module, momentum in momenta.items():
-            module.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for any_module, training in modes.items():
+            any_module.training = training
 
 
-def _run(model: nn.Module, calibration: Calibration) -> int:
+def _counted(module: _BatchNorm) -> Tensor:
+    """Batches seen since the statistics were reset."""
+    assert module.num_batches_tracked is not None
+    return module.num_batches_tracked
+
+
+def _run(model: nn.Module, calibration: Calibration) -> None:
     if callable(calibration):
         calibration(model)
-        return 1
+        return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    count = 0
     for count, batch in enumerate(calibration, start=1):
         if isinstance(batch, Mapping):
             model(**{name: _checked(x, device, count) for name, x in batch.items()})
         else:
             first = batch if isinstance(batch, Tensor) else batch[0]
             model(_checked(first, device, count))
-    return count
 
 
 def _checked(x: Any, device: torch.device, count: int) -> Any:

@@ -217,6 +217,8 @@ def optimal_centres(x: npt.NDArray[np.floating], h: Floats | None, k: int) -> Fl
         h = np.ldexp(h, -int(np.frexp(h.max())[1]))
         x, h = x[h > 0], h[h > 0]
     distinct, mass = _merged(x, h)
+    if distinct.size <= k:
+        return np.pad(distinct.astype(np.float64), (0, k - distinct.size), mode="edge")
     # a power of two, so that squares neither overflow nor vanish and scaling back is exact
     exponent = int(np.frexp(np.abs(distinct).max())[1])
     values = np.ldexp(distinct.astype(np.float64), -exponent)
@@ -226,6 +228,7 @@ def optimal_centres(x: npt.NDArray[np.floating], h: Floats | None, k: int) -> Fl
     first = values[starts]
     offset = np.add.reduceat(mass * (values - np.repeat(first, sizes)), starts)
     centres = first + offset / np.add.reduceat(mass, starts)
+    # fewer than k clusters only if rounding hid what the others would gain
     return np.ldexp(np.pad(centres, (0, k - starts.size), mode="edge"), exponent)
 
 
@@ -242,7 +245,7 @@ def _merged(
 
 
 def _optimal_starts(values: Floats, mass: Floats, k: int) -> Ints:
-    """First position of each cluster when ascending values (n,) are cut into k at least error.
+    """First position of each cluster when ascending values (n,), n > k, are cut into k at least error.
 
     Exact, from coarse to fine. At first cuts are allowed on a coarse grid of positions only, where
     the programme is short. Any optimal partition can be moved onto the grid at a cost of at most
@@ -250,8 +253,6 @@ def _optimal_starts(values: Floats, mass: Floats, k: int) -> Ints:
     grid costs no more than the best one plus that. A finer grid then looks between those only.
     """
     n = values.size
-    if n <= k:
-        return np.arange(n)
     moments = _moments(values, mass)
     rounding = 1e-12 * float(np.abs(moments[2, [0, -1]]).sum())
     # window j: the positions where the first j clusters may end, low[j] and high[j] included
@@ -280,7 +281,6 @@ def _optimal_starts(values: Floats, mass: Floats, k: int) -> Ints:
     cuts = [n]
     for j in range(k, 0, -1):
         cuts.append(int(layers[j][1][cuts[-1] - low[j]]))
-    # clusters are empty only if rounding hid what they would gain
     starts = np.unique(cuts[1:])
     return starts[starts < n]
 

@@ -129,16 +129,19 @@ class Sum(Part[States]):
         self, w: Tensor, warm: States | None, mu: float | None, importance: Tensor | None
     ) -> States:
         problem = _Descent(self, w, mu, importance)
+        count = len(problem.blocks)
+        if count == 1:  # one projection is the whole problem
+            states = [None] * len(self.parts) if warm is None else list(warm)
+            problem.update(problem.blocks[0], states, w)
+            return tuple(states)
         if warm is not None:
             return problem.descend(list(warm), self.tolerance, self.sweeps)
-        count = len(problem.blocks)
-        if count == 1:
-            return problem.descend(problem.greedy(problem.blocks), self.tolerance, self.sweeps)
         orders: Sequence[tuple[Block, ...]] = list(permutations(problem.blocks))
         if count > 3:
             orders = [problem.blocks[i:] + problem.blocks[:i] for i in range(count)]
         starts = [problem.descend(problem.greedy(order), 1e-3, 20) for order in orders]
-        return problem.descend(list(min(starts, key=problem.value)), self.tolerance, self.sweeps)
+        best = min(starts, key=lambda states: problem.value(states))
+        return problem.descend(list(best), self.tolerance, self.sweeps)
 
     def reconstruct(self, state: States) -> Tensor:
         return _add(part.reconstruct(s) for part, s in zip(self.parts, state, strict=True))
@@ -202,7 +205,7 @@ class _Descent:
         states: list[Any] = [None] * len(self.sum.parts)
         residual = self.w
         for block in order:
-            self._update(block, states, residual)
+            self.update(block, states, residual)
             for i in block.terms:
                 residual = self._minus(residual, [self.sum.parts[i].reconstruct(states[i])])
         return states
@@ -215,14 +218,14 @@ class _Descent:
         for _ in range(sweeps):
             for block in self.blocks:
                 others = [t for i, t in enumerate(terms) if i not in block.terms]
-                self._update(block, states, self._minus(self.w, others))
+                self.update(block, states, self._minus(self.w, others))
                 for i in block.terms:
                     terms[i] = self.sum.parts[i].reconstruct(states[i])
             value = self.value(states)
             done = best_value - value <= tolerance * abs(value)
             if value < best_value:
                 best, best_value = tuple(states), value
-            if done or len(self.blocks) == 1:
+            if done:
                 break
         return best
 
@@ -232,7 +235,7 @@ class _Descent:
             total = total - term
         return rounded(total, w.dtype, None)
 
-    def _update(self, block: Block, states: list[Any], target: Tensor) -> None:
+    def update(self, block: Block, states: list[Any], target: Tensor) -> None:
         """Replace the block's states by better ones for `target`; `states` may hold None for a cold start."""
         parts = [self.sum.parts[i] for i in block.terms]
         if block.pair is None:

@@ -102,6 +102,7 @@ class LC:
         self._busy: str | None = None  # what holds the model's weights right now
         self._best: dict[str, Any] | None = None
         self._finished = False
+        self._guarded = 0  # by hooks that are gone
         self._bar: Any = None
         self._positions = measure_positions(model, example_inputs)
         self._started = {task.name: tuple(w.clone() for w in task.current) for task in self.tasks}
@@ -127,7 +128,7 @@ class LC:
     @property
     def guarded(self) -> int:
         """Optimizer steps in which the learning-rate guard was below the optimizer's own rate."""
-        return self._hook.guarded if self._hook else 0
+        return self._guarded + (self._hook.guarded if self._hook else 0)
 
     def penalty(self) -> Tensor:
         """μ/2 ‖w − Δ(θ)‖² − λᵀ(w − Δ(θ)), to be added to the loss: the L step's penalty up to a constant. A scalar, differentiable in w.
@@ -182,6 +183,7 @@ class LC:
         with tqdm(total=count, initial=self.position, desc="LC", disable=not progress) as self._bar:
             while self.position < count:
                 self._c_done = False
+                self._logged = {}
                 self._begin()
                 self._show()
                 yield Step(self.position, count, self.mu)
@@ -199,14 +201,15 @@ class LC:
             RuntimeError: a projection failed; the message names the tensor. No θ has then been changed.
         """
         self._refuse_if_finished("c_step()")
-        if self._busy == "compressed":
-            raise RuntimeError("c_step() inside compressed() would project Δ(θ) instead of w.")
+        if self._busy:
+            raise RuntimeError(f"c_step() inside {self._busy}() would project Δ(θ) instead of w.")
         states = [task.solve(self.mu) for task in self.tasks]
         for task, state in zip(self.tasks, states, strict=True):
             task.adopt(state)
             if task.weights is not None:
                 task.show_delta()
         self._c_done = True
+        self._begin()
 
     def log(self, **values: float) -> None:
         """Numbers of the user's loop (loss=...) for the progress bar and `history`."""
@@ -241,7 +244,9 @@ class LC:
         shown = {"μ": f"{self.mu:.3g}"}
         if self.history:
             shown["gap"] = f"{self.history[-1]['gap']:.4f}"
-        shown |= {name: f"{value:.4g}" for name, value in self._logged.items()}
+        last = self.history[-1] if self.history else {}
+        logged = {n: x for n, x in last.items() if n not in ("step", "mu", "gap")} | self._logged
+        shown |= {name: f"{value:.4g}" for name, value in logged.items()}
         if self.guarded:
             shown["lr≤1/μ"] = f"{self.guarded} steps"
         self._bar.set_postfix(shown)
@@ -297,8 +302,8 @@ class LC:
             return False
         names = {name for task in self.tasks for name in task.names}
         rest = {
-            name: x.detach().clone()
-            for name, x in unwrap(self.model).state_dict().items()
+            name: x.clone()
+            for name, x in _tensors(unwrap(self.model)).items()
             if clean(name) not in names
         }
         arrays = [task.state_dict()["arrays"] for task in self.tasks]
@@ -321,21 +326,27 @@ class LC:
         if best and self._best is None:
             raise RuntimeError("finalize(best=True): keep_best(metric) was never called.")
         inner = unwrap(self.model)
-        if best and self._best is not None:
-            for task, arrays in zip(self.tasks, self._best["arrays"], strict=True):
-                task.adopt(task.decoded(arrays))
-            own = {name: x for name, x in inner.state_dict().items() if name in self._best["rest"]}
-            with torch.no_grad():
-                for name, x in own.items():
-                    x.copy_(self._best["rest"][name])
-        for task in self.tasks:
-            task.show_delta()
-            task.weights = None
-        if batchnorms(inner) and calibration is not None and not isinstance(calibration, _Unset):
-            recalibrate(inner, calibration)
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        kept = {name: x.clone() for name, x in _tensors(inner).items()}
+        states = [task.state for task in self.tasks]
+        try:
+            if best and self._best is not None:
+                for task, arrays in zip(self.tasks, self._best["arrays"], strict=True):
+                    task.adopt(task.decoded(arrays))
+                _restore(inner, self._best["rest"])
+            for task in self.tasks:
+                task.show_delta()
+            if (
+                batchnorms(inner)
+                and calibration is not None
+                and not isinstance(calibration, _Unset)
+            ):
+                recalibrate(inner, calibration)
+        except BaseException:  # the calibration runs on the user's data: the run can go on
+            for task, state in zip(self.tasks, states, strict=True):
+                task.adopt(state)
+            _restore(inner, kept)
+            raise
+        self._detach()
         self._finished = True
 
     def refine(
@@ -362,17 +373,22 @@ class LC:
     def _refine(self, make: Callable[[list[nn.Parameter]], Optimizer]) -> Iterator[Optimizer]:
         if self._busy:
             raise RuntimeError(f"refine() inside {self._busy}().")
-        if self._hook is not None:
-            self._hook.remove()  # its steps would pull towards the old Δ(θ)
-            self._hook = None
-        for task in self.tasks:
-            task.weights = None
+        self._detach()  # steps of its optimizer would pull towards the old Δ(θ)
         self._busy = "refine"
         try:
             with refining(self.model, self.tasks, make) as optimizer:
                 yield optimizer
         finally:
             self._busy = None
+
+    def _detach(self) -> None:
+        """No more hooks on the optimizer, no w beside the model's own weights."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._guarded += self._hook.guarded
+            self._hook = None
+        for task in self.tasks:
+            task.weights = None
 
     def _check_calibration(self, calibration: object, where: str) -> None:
         norms = batchnorms(unwrap(self.model))
@@ -474,6 +490,18 @@ class LC:
         for name, thing in save.items():
             checkpoints.set_object_state(thing, content["saved"][name])
         checkpoints.set_generators(content["generators"])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, without whatever else modules put into their state."""
+    return {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, x in _tensors(model).items():
+        if name in values:
+            x.copy_(values[name])
 
 
 def _check_options(

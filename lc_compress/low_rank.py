@@ -38,10 +38,11 @@ class LowRank(Part[LowRankState]):
     * importance h = a bᵀ: exactly, by the decomposition of √h w. Δ is 0 in rows and columns without
       importance.
     * other importance: NP-hard (Gillis and Glineur, SIAM J. Matrix Anal. Appl. 2011,
-      arXiv:1012.0197). With h scaled to at most 1, the error is majorised at the current Δ by
-      ‖h w + (1 − h) Δ − U V‖² (Srebro and Jaakkola, Weighted low-rank approximations, ICML 2003):
-      truncate, repeat until the error settles. It never rises, from the better of the warm start
-      and the solution without importance.
+      arXiv:1012.0197). With a bᵀ >= h and p = h / a bᵀ, the error is majorised at the current Δ by
+      Σ a bᵀ (p w + (1 − p) Δ − U V)², solved as above (for equal a and b: Srebro and Jaakkola,
+      Weighted low-rank approximations, ICML 2003): repeat, with momentum that restarts where the
+      error would rise, until it settles. Starts from the best of the warm start and the solutions
+      for h = 1 and for h = a bᵀ, and ends no worse.
 
     Exact up to the rounding of the factors to w's dtype and to `value_dtype`; with a `value_dtype`
     the part does not claim to be exact. Ties in the spectrum are broken by `torch.linalg`.
@@ -95,13 +96,8 @@ class LowRank(Part[LowRankState]):
             left, right = _truncated(x, rank, accurate)
         else:
             h = importance.double().expand(w.shape)
-            h = h / h.max()
-            scales = _separated(h)
-            if scales is not None:
-                left, right = _truncated_scaled(x, *scales, rank, accurate)
-            else:
-                start = None if warm is None else _product(warm) * 2.0**-exponent
-                left, right = _majorised(x, h, start, rank, accurate)
+            start = None if warm is None else _product(warm) * 2.0**-exponent
+            left, right = _weighted(x, h / h.max(), start, rank, accurate)
         left, right = _balanced(left, right)
         half = 2.0 ** (exponent // 2)
         return LowRankState(
@@ -160,45 +156,49 @@ def _truncated(x: Tensor, rank: int, accurate: bool) -> tuple[Tensor, Tensor]:
     return u, u.T @ x  # s Vᵀ, and the best right factor whatever the rounding of u
 
 
-def _truncated_scaled(
-    x: Tensor, rows: Tensor, columns: Tensor, rank: int, accurate: bool
-) -> tuple[Tensor, Tensor]:
-    """Factors for the importance rows (m,) times columns (n,)."""
-    a, b = rows.sqrt()[:, None], columns.sqrt()
-    left, right = _truncated(a * x * b, rank, accurate)
-    return torch.where(a > 0, left / a, 0), torch.where(b > 0, right / b, 0)
-
-
-def _separated(h: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(m,) and (n,) whose product is h (m, n), which has maximum 1; None if there are none."""
-    i, j = divmod(int(h.argmax()), h.shape[1])
-    rows, columns = h[:, j], h[i]
-    product = rows[:, None] * columns
-    same = (h - product).abs() <= _SEPARABLE * torch.maximum(h, product)
-    return (rows, columns) if bool(same.all()) else None
-
-
-def _majorised(
+def _weighted(
     x: Tensor, h: Tensor, start: Tensor | None, rank: int, accurate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Factors for an importance h (m, n) of maximum 1, from `start` or, if better, from h = 1."""
+    """Factors for an importance h (m, n) of maximum 1: exact if it is a product, else by descent."""
+    # the envelope a bᵀ >= h: it touches h in each column, and a product is its own
+    a = h.amax(1, keepdim=True)
+    b = torch.where(a > 0, h / a, 0).amax(0)
+    envelope = a * b
+    p = torch.where(envelope > 0, h / envelope, 1)
+    a, b = a.sqrt(), b.sqrt()
+
+    def truncated(target: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = _truncated(a * target * b, rank, accurate)
+        return torch.where(a > 0, left / a, 0), torch.where(b > 0, right / b, 0)
+
+    best = truncated(x)
+    if bool((p >= 1 - _SEPARABLE).all()):
+        return best
 
     def error_of(approximation: Tensor) -> float:
         return float((h * (x - approximation).square()).sum())
 
-    best = _truncated(x, rank, accurate)
+    plain = _truncated(x, rank, accurate)
+    if error_of(plain[0] @ plain[1]) < error_of(best[0] @ best[1]):
+        best = plain
     current = best[0] @ best[1]
     least = error = error_of(current)
     if start is not None and error_of(start) < error:
-        current, error = start, math.inf  # of any rank: what counts is where it leads
+        current, error = start, error_of(start)  # of a higher rank, perhaps: then it only leads
+    before, momentum = current, 0
     for _ in range(_SWEEPS):
-        factors = _truncated(h * x + (1 - h) * current, rank, accurate)
-        current = factors[0] @ factors[1]
-        before, error = error, error_of(current)
-        if error < least:
-            best, least = factors, error
-        if before - error <= _SETTLED * before:
+        ahead = current + momentum / (momentum + 3) * (current - before)
+        factors = truncated(p * x + (1 - p) * ahead)
+        approximation = factors[0] @ factors[1]
+        now = error_of(approximation)
+        if now > error and momentum:
+            momentum = 0  # too far: step again, from where the error cannot rise
+            continue
+        if now < least:
+            best, least = factors, now
+        if abs(error - now) <= _SETTLED * error:
             break
+        before, current, error, momentum = current, approximation, now, momentum + 1
     return best
 
 

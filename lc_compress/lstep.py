@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .task import Task
@@ -50,6 +50,21 @@ class Hook(ABC):
             handle.remove()
 
     def _check_groups(self) -> None:
+        own = {id(p) for task in self.tasks for p in task.parameters}
+        for hook in self.optimizer._optimizer_step_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Hook):
+                shared = [
+                    name
+                    for task in other.tasks
+                    for name, p in zip(task.names, task.parameters, strict=True)
+                    if id(p) in own
+                ]
+                if shared:
+                    raise ValueError(
+                        f"Another LC already acts on {shared} in this optimizer: with two the penalty would count twice. "
+                        f"Finalize it, or make a new optimizer."
+                    )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for task in self.tasks:
             for name, p in zip(task.names, task.parameters, strict=True):
@@ -70,8 +85,8 @@ class Hook(ABC):
                 f"Use fused=False, or loss + lc.penalty()."
             )
         self._check_gradients()
+        self.before()  # may raise: before anything else is changed
         self._guard()
-        self.before()
 
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._rates is not None:
@@ -85,6 +100,13 @@ class Hook(ABC):
         pairs = [
             (n, p.grad) for t in self.tasks for n, p in zip(t.names, t.parameters, strict=True)
         ]
+        sparse = [n for n, grad in pairs if grad is not None and grad.layout is not torch.strided]
+        if sparse:
+            raise RuntimeError(
+                f"The gradient of {sparse} is sparse, the penalty's is not: use sparse=False."
+            )
+        if getattr(self.optimizer, "found_inf", None) is not None:
+            return  # a fused optimizer under GradScaler skips the step by itself
         grads = [grad for _, grad in pairs if grad is not None and grad.device.type == "cpu"]
         if grads and not torch.stack(torch._foreach_norm(grads)).isfinite().all():
             bad = [n for n, grad in pairs if grad is not None and not grad.isfinite().all()]
@@ -112,6 +134,14 @@ def _set_rate(group: dict[str, Any], rate: Any) -> None:
         group["lr"] = rate
 
 
+def fill_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Zeros for the weights that the loss did not reach, if it reached others: the penalty acts on all, as in the loss."""
+    if any(p.grad is not None for p in parameters):
+        for p in parameters:
+            if p.grad is None and p.requires_grad:
+                p.grad = torch.zeros_like(p)
+
+
 class PenaltyHook(Hook):
     """Adds μ (w − Δ(θ)) − λ to the gradient of w: two fused passes over the weights, no graph."""
 
@@ -127,6 +157,7 @@ class PenaltyHook(Hook):
 
     @torch.no_grad()
     def before(self) -> None:
+        fill_gradients(self._parameters)
         active = [
             (p, p.grad, pull)
             for p, pull in zip(self._parameters, self._pulls, strict=True)
@@ -162,17 +193,21 @@ class SumHook(Hook):
 
     @torch.no_grad()
     def before(self) -> None:
+        if self.mu > 0:
+            fill_gradients([p for task in self.tasks for p in task.parameters])
         for task in self.tasks:
             assert task.weights is not None
             zipped = zip(task.parameters, task.weights, task.delta, task.multipliers, strict=True)
             for p, w, delta, multiplier in zipped:
-                p.copy_(w)
                 if p.grad is None:
                     continue
                 if self.rule is not None:
                     p.grad.copy_(self.rule(p.grad, w, task.state))
                 if self.mu > 0:
                     p.grad.add_(w - delta, alpha=self.mu).sub_(multiplier)
+        for task in self.tasks:  # last: the rule is the user's and may raise
+            for p, w in zip(task.parameters, task.weights or (), strict=True):
+                p.copy_(w)
 
     @torch.no_grad()
     def after(self) -> None:

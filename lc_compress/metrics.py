@@ -156,7 +156,8 @@ def report(
     rest = [
         x
         for name, x in entries.items()
-        if name not in owned and aliases.get(name) is None and x.is_floating_point()
+        if isinstance(x, Tensor) and x.is_floating_point()  # a module's extra state may be anything
+        if name not in owned and name not in aliases
     ]
     weights = sum(x.numel() for x in rest)
     uncompressed = Row(
@@ -201,8 +202,8 @@ def _row(task: Task, positions: Mapping[int, int], started: Sequence[Tensor]) ->
         str(task.part),
         task.size,
         task.part.bits(task.state),
-        ops and ops.mults,
-        ops and ops.adds,
+        None if ops is None else ops.mults,
+        None if ops is None else ops.adds,
         dense,
         task.gap(),
         _error(started, task.delta),
@@ -232,7 +233,8 @@ def measure_positions(model: nn.Module, example_inputs: Any = None) -> dict[int,
     def count(module: nn.Module, args: Any, output: Tensor) -> None:
         channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
         assert isinstance(channels, int) and isinstance(module.weight, Tensor)
-        seen[id(module.weight)] = output.numel() // channels // batch
+        here = output.numel() // channels // batch
+        seen[id(module.weight)] = seen.get(id(module.weight), 0) + here  # may be used repeatedly
 
     seen: dict[int, int] = {}
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

@@ -22,6 +22,17 @@ def argsort_rows(x: Tensor) -> Tensor:
     return torch.argsort(x, dim=-1, stable=True)
 
 
+def extremes(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` smallest and the `count` largest values of `x` (n,), each in ascending order."""
+    n = x.numel()
+    if x.device.type != "cpu" or 2 * count >= n:
+        ordered = sort_rows(x.reshape(1, -1)).reshape(-1)
+    else:
+        ordered = torch.from_numpy(np.partition(x.numpy(), [max(count - 1, 0), n - max(count, 1)]))
+    low, high = ordered[:count], ordered[n - count :]
+    return sort_rows(low.reshape(1, -1)).reshape(-1), sort_rows(high.reshape(1, -1)).reshape(-1)
+
+
 def largest(score: Tensor, count: int) -> Tensor:
     """Boolean mask of the `count` largest entries of `score`; among equal ones the first in memory order win."""
     flat = score.reshape(-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -125,6 +125,17 @@ class Part(ABC, Generic[State]):
         return replace(state, **values) if values else state  # type: ignore[type-var]  # states are dataclasses
 
     # ------------------------------------------------------------------ final: written once
+
+    def __str__(self) -> str:
+        """The part as its constructor was called, without what is at its default."""
+        if not is_dataclass(self):
+            return repr(self)
+        given = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.default is MISSING or getattr(self, f.name) != f.default
+        }
+        return f"{type(self).__name__}({', '.join(f'{name}={x}' for name, x in given.items())})"
 
     def project(
         self,

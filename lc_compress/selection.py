@@ -86,7 +86,7 @@ def select(model: nn.Module, tasks: Mapping[Key, Part[Any]]) -> list[Selected]:
     if not isinstance(tasks, Mapping) or not tasks:
         raise ValueError("LC needs at least one task: {pattern: part, ...}.")
     parameters, aliases = named_tensors(model)
-    claims: dict[str, tuple[int, Key]] = {}
+    claims: dict[str, tuple[int, list[Key]]] = {}  # the most specific patterns so far
     for key, part in tasks.items():
         if not isinstance(part, Part):
             raise TypeError(f"The task {key!r} needs a part, got {type(part).__name__}.")
@@ -95,16 +95,19 @@ def select(model: nn.Module, tasks: Mapping[Key, Part[Any]]) -> list[Selected]:
             if not names:
                 raise ValueError(_nothing(pattern, parameters))
             for name in names:
-                held = claims.get(name)
-                if held is None or held[0] < rank:
-                    claims[name] = rank, key
-                elif held[0] == rank and held[1] != key:
-                    raise ValueError(
-                        f"Two equally specific patterns match {name!r}: {_show(held[1])} and {_show(key)}. Name it exactly."
-                    )
+                best, keys = claims.get(name, (0, []))
+                if best < rank:
+                    claims[name] = rank, [key]
+                elif best == rank and key not in keys:
+                    keys.append(key)
+    for name, (_, keys) in claims.items():
+        if len(keys) > 1:
+            raise ValueError(
+                f"Two equally specific patterns match {name!r}: {_show(keys[0])} and {_show(keys[1])}. Name it exactly."
+            )
     selected = []
     for key, part in tasks.items():
-        names = [name for name in parameters if claims.get(name, (0, None))[1] == key]
+        names = [name for name in parameters if name in claims and claims[name][1] == [key]]
         if not names:
             raise ValueError(
                 f"Every tensor that {_show(key)} matches belongs to a more specific pattern."
@@ -150,7 +153,7 @@ def _matches(
     tensors = dict(parameters) | {alias: parameters[name] for alias, name in aliases.items()}
     if isinstance(pattern, str) and pattern in tensors:
         return 3, [aliases.get(pattern, pattern)]
-    large = {name: p for name, p in tensors.items() if p.dim() > 1}
+    large = {name: p for name, p in tensors.items() if _is_lazy(p) or p.dim() > 1}
     if not isinstance(pattern, str):
         names, rank = [name for name, p in large.items() if pattern(name, p)], 1
     elif pattern.startswith("re:"):
@@ -160,6 +163,11 @@ def _matches(
     return rank, list(dict.fromkeys(aliases.get(name, name) for name in names))
 
 
+def _is_lazy(p: Tensor) -> bool:
+    """Whether the parameter of a lazy module has no shape yet."""
+    return isinstance(p, nn.UninitializedParameter)
+
+
 def _nothing(pattern: Pattern, parameters: Mapping[str, nn.Parameter]) -> str:
     return f"No parameter named {_show(pattern)}. The model has: {sorted(parameters)}."
 
@@ -167,7 +175,7 @@ def _nothing(pattern: Pattern, parameters: Mapping[str, nn.Parameter]) -> str:
 def _check_tensors(own: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Parameter]) -> None:
     memory: dict[int, str] = {}
     for name, p in parameters.items():
-        if isinstance(p, nn.UninitializedParameter):
+        if _is_lazy(p):
             if name in own:
                 raise ValueError(
                     f"{name!r} is not initialized yet: run one batch through the model."

@@ -122,7 +122,7 @@ class Task:
 
     def check_state(self, saved: dict[str, Any]) -> None:
         """Refuse a state that was not made by this task."""
-        own = {"part": str(self.part), "names": list(self.names)}
+        own: dict[str, object] = {"part": str(self.part), "names": list(self.names)}
         own["shapes"] = [list(p.shape) for p in self.parameters]
         for key, expected in own.items():
             if saved.get(key) != expected:
