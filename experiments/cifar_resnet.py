@@ -41,7 +41,7 @@ class Config:
     depth: int = 20
     gradient: str = "weights"  # "weights": classic LC; "sum": straight-through
     density: float = 0.02  # exact floats per layer
-    epochs: int = 8
+    epochs: int = 6
     steps_per_epoch: int = 4  # classic: LC steps in one epoch
     mu0: float = 0.05
     growth: float = 1.6  # of mu, per epoch
@@ -62,7 +62,7 @@ class Config:
 
 DEFAULTS = {
     "weights": {},
-    "sum": {"lr": 0.02, "lr_end": 0.0005, "epochs": 10, "steps_per_epoch": 1},
+    "sum": {"lr": 0.02, "lr_end": 0.0005, "epochs": 8, "steps_per_epoch": 1},
 }
 
 

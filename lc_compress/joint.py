@@ -184,7 +184,7 @@ def binary_sparse(
     if importance is not None:
         flat, h = u.double().reshape(-1), importance.double().expand(w.shape).reshape(-1)
         scale = _trimmed(
-            flat, h, _starts(flat, h, scale, warm), lambda cost: largest(cost, n - kept), 0.0
+            flat, h, _starts(flat, h, scale, warm), lambda cost: largest(cost, dropped), 0.0
         )
     return _correct(a, b, w, scale, mu, importance)
 

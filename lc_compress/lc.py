@@ -88,6 +88,12 @@ class LC:
         self.schedule = checked(schedule)
         self.multipliers = multipliers
         self.gradient = gradient
+        self._options = {
+            "gradient": gradient,
+            "every": every,
+            "multipliers": multipliers,
+            "lr_guard": lr_guard,
+        }
         _check_options(self.schedule, optimizer, gradient, every, lr_guard, rule)
         if type(model).__name__ == "FullyShardedDataParallel":
             raise ValueError(
@@ -166,10 +172,13 @@ class LC:
 
         Args:
             progress: show a bar with μ, gap, whatever was given to `log`, and the time left.
-            checkpoint: a file. If it exists the run goes on from it; it is rewritten, whole or not at all, after each step.
-            save: objects whose state belongs to the run: optimizer, scheduler, scaler, and the loader's generator.
+            checkpoint: a file. If it exists the run goes on from it, else it is written now; it is
+                rewritten, whole or not at all, after each step. All processes must see the same file.
+            save: objects whose state belongs to the run: optimizer, scheduler, scaler, and the
+                loader's generator. What else a loader keeps (persistent workers) is not restored.
 
         Raises:
+            TypeError: the state of an object in `save` is not plain data; no file is then written.
             ValueError: the checkpoint is damaged or of another run; nothing has then been changed.
         """
         self._refuse_if_finished("steps()")
@@ -177,8 +186,10 @@ class LC:
         path = None if checkpoint is None else Path(checkpoint)
         if path is not None:
             _check_folder(path)
-            if path.exists():
+            if checkpoints.exists(path):
                 self._resume(path, objects)
+            else:
+                checkpoints.write(path, self.state_dict(), unwrap(self.model), objects)
         count = len(self.schedule)
         with tqdm(total=count, initial=self.position, desc="LC", disable=not progress) as self._bar:
             while self.position < count:
@@ -211,9 +222,11 @@ class LC:
         self._c_done = True
         self._begin()
 
-    def log(self, **values: float) -> None:
+    def log(self, **values: float | Tensor) -> None:
         """Numbers of the user's loop (loss=...) for the progress bar and `history`."""
-        self._logged.update({name: float(value) for name, value in values.items()})
+        self._logged |= {
+            name: float(x.detach() if isinstance(x, Tensor) else x) for name, x in values.items()
+        }
         self._show()
 
     def gap(self) -> dict[str, float]:
@@ -431,8 +444,10 @@ class LC:
         return {
             "version": checkpoints.VERSION,
             "schedule": list(self.schedule),
+            "options": dict(self._options),
             "position": self.position,
             "history": [dict(entry) for entry in self.history],
+            "logged": dict(self._logged),
             "tasks": {task.name: task.state_dict() for task in self.tasks},
             "started": {name: list(ws) for name, ws in self._started.items()},
             "best": self._best,
@@ -441,18 +456,27 @@ class LC:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, on an LC built for the same model, tasks and schedule.
+        """Restore what `state_dict` returned, on an LC built for the same model, plan and options.
+
+        The model's own weights are the caller's: load them first.
 
         Raises:
-            ValueError: the state is of another model, plan or schedule; nothing has then been changed.
+            RuntimeError: the run is finished.
+            ValueError: the state is damaged, or of another model, plan, schedule, option or version;
+                nothing has then been changed.
         """
-        self._check_state(state)
-        for task in self.tasks:
-            task.load_state_dict(state["tasks"][task.name])
+        self._refuse_if_finished("load_state_dict()")
+        self._take(state, self._check_state(state))
+
+    def _take(self, state: Mapping[str, Any], thetas: Sequence[Any]) -> None:
+        """Take over a state that `_check_state` has read."""
+        for task, theta in zip(self.tasks, thetas, strict=True):
+            task.load_state_dict(state["tasks"][task.name], theta)
             if task.weights is not None:
                 task.show_delta()
         self.position = state["position"]
         self.history = [dict(entry) for entry in state["history"]]
+        self._logged = dict(state["logged"])
         self._started = {
             task.name: tuple(
                 w.to(p.device)
@@ -467,29 +491,42 @@ class LC:
                 self._hook.count = state["optimizer_steps"]
         self._begin()
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != checkpoints.VERSION:
+    def _check_state(self, state: Mapping[str, Any]) -> list[Any]:
+        """θ of each task, read from a state that fits this run; nothing is changed."""
+        if not isinstance(state, Mapping) or state.get("version") != checkpoints.VERSION:
+            version = state.get("version") if isinstance(state, Mapping) else None
             raise ValueError(
-                f"The state is of version {state.get('version')}, this library reads {checkpoints.VERSION}."
+                f"The state is of version {version}, this library reads {checkpoints.VERSION}."
             )
+        missing = self.state_dict().keys() - state.keys()
+        if missing:
+            raise ValueError(f"The state is damaged: it lacks {sorted(missing)}.")
         if list(state["schedule"]) != list(self.schedule):
             raise ValueError("The state was made with another schedule: use the same one to go on.")
+        if state["options"] != self._options:
+            raise ValueError(
+                f"The state was made with {state['options']}, this run has {self._options}: "
+                "use the same to go on."
+            )
         names = [task.name for task in self.tasks]
-        if list(state["tasks"]) != names:
+        if list(state["tasks"]) != names or list(state["started"]) != names:
             raise ValueError(
                 f"The state is of another model or plan: it has {list(state['tasks'])}, this run {names}."
             )
-        for task in self.tasks:
-            task.check_state(state["tasks"][task.name])
+        return [
+            task.check_state(state["tasks"][task.name], state["started"][task.name])
+            for task in self.tasks
+        ]
 
     def _resume(self, path: Path, save: Mapping[str, Any]) -> None:
-        content = checkpoints.read(path, save)
-        self._check_state(content["lc"])
-        unwrap(self.model).load_state_dict(content["model"])
-        self.load_state_dict(content["lc"])
-        for name, thing in save.items():
-            checkpoints.set_object_state(thing, content["saved"][name])
-        checkpoints.set_generators(content["generators"])
+        """Go on from a checkpoint. All that can be refused is, before anything is changed."""
+        model = unwrap(self.model)
+        content = checkpoints.read(path, model, save)
+        thetas = self._check_state(content["lc"])
+        checkpoints.set_objects(save, content["saved"])
+        model.load_state_dict(content["model"])
+        self._take(content["lc"], thetas)
+        checkpoints.set_process(model, content)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

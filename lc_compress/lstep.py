@@ -135,7 +135,10 @@ def _set_rate(group: dict[str, Any], rate: Any) -> None:
 
 
 def fill_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Zeros for the weights that the loss did not reach, if it reached others: the penalty acts on all, as in the loss."""
+    """Zeros for weights that the loss did not reach, if it reached others.
+
+    The penalty acts on all of them, as it would as a term of the loss.
+    """
     if any(p.grad is not None for p in parameters):
         for p in parameters:
             if p.grad is None and p.requires_grad:

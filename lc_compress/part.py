@@ -226,7 +226,7 @@ def rounded(values: Tensor, dtype: torch.dtype, value_dtype: torch.dtype | None)
     """
     for target in (value_dtype, dtype):
         if target is not None and values.dtype != target:
-            limit = torch.finfo(target).max
+            limit = min(torch.finfo(target).max, torch.finfo(values.dtype).max)
             values = values.clamp(-limit, limit).to(target)
     return values
 

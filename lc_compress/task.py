@@ -120,8 +120,12 @@ class Task:
             "weights": None if self.weights is None else [w.clone() for w in self.weights],
         }
 
-    def check_state(self, saved: dict[str, Any]) -> None:
-        """Refuse a state that was not made by this task."""
+    def check_state(self, saved: dict[str, Any], started: Sequence[Tensor]) -> Any:
+        """θ of a state that was made by this task; others are refused. Nothing is changed.
+
+        Raises:
+            ValueError: another plan, or damaged.
+        """
         own: dict[str, object] = {"part": str(self.part), "names": list(self.names)}
         own["shapes"] = [list(p.shape) for p in self.parameters]
         for key, expected in own.items():
@@ -131,6 +135,20 @@ class Task:
                 )
         if (saved["weights"] is None) != (self.weights is None):
             raise ValueError(f"The state of {self.name} was made with another `gradient`.")
+        try:
+            for tensors in (saved["multipliers"], saved["weights"], started):
+                for p, x in zip(self.parameters, tensors or self.parameters, strict=True):
+                    if x.shape != p.shape or x.dtype != p.dtype:
+                        raise ValueError(f"{tuple(x.shape)} of {x.dtype}")
+            theta = self.decoded(saved["arrays"])
+            delta = self.part.reconstruct(theta)
+            if delta.shape != self.shape or delta.dtype != self.parameters[0].dtype:
+                raise ValueError(f"{tuple(delta.shape)} of {delta.dtype}")
+        except Exception as cause:
+            raise ValueError(
+                f"The state of {self.name}, shape {tuple(self.shape)}, is damaged: {cause}"
+            ) from cause
+        return theta
 
     def decoded(self, arrays: dict[str, Tensor]) -> Any:
         """θ from the arrays that `state_dict` holds."""
@@ -139,9 +157,9 @@ class Task:
         return self.part.decode(moved, self.shape, p.dtype)
 
     @torch.no_grad()
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restore θ, λ and w; call `check_state` on all tasks first."""
-        self.adopt(self.decoded(saved["arrays"]))
+    def load_state_dict(self, saved: dict[str, Any], theta: Any) -> None:
+        """Restore θ, λ and w; `theta` is what `check_state` returned, called on all tasks first."""
+        self.adopt(theta)
         for own, other in zip(self.multipliers, saved["multipliers"], strict=True):
             own.copy_(other)
         for own, other in zip(self.weights or (), saved["weights"] or (), strict=True):

@@ -86,9 +86,16 @@ def ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)[:, None]
 
 
-def brute(fit: Fit, classes: int, *, nonzeros: int | None = None, alpha: float = 0.0) -> Brute:
-    """The least objective over all assignments; corrections if `nonzeros` or `alpha` is given."""
-    corrections = nonzeros is not None or alpha > 0
+def brute(
+    fit: Fit,
+    classes: int,
+    *,
+    nonzeros: int | None = None,
+    density: float | None = None,
+    alpha: float | None = None,
+) -> Brute:
+    """The least objective over all assignments, with corrections if one of the last is given."""
+    corrections = (nonzeros, density, alpha) != (None, None, None)
 
     def least(w: Tensor, importance: Tensor, mu: float) -> float:
         w, importance = w.flatten(), importance.flatten()
@@ -96,10 +103,9 @@ def brute(fit: Fit, classes: int, *, nonzeros: int | None = None, alpha: float =
         corrected = classes_of == classes
         h = importance * ~corrected
         count = corrected.sum(1)
-        value = mu / 2 * fit(w, h, classes_of.clamp(max=classes - 1)) + alpha * count
-        if nonzeros is not None:
-            value = value[count <= nonzeros]
-        return float(value.min())
+        value = mu / 2 * fit(w, h, classes_of.clamp(max=classes - 1)) + (alpha or 0.0) * count
+        budget = round(density * w.numel()) if density is not None else nonzeros
+        return float(value[count <= (w.numel() if budget is None else budget)].min())
 
     return least
 
@@ -219,7 +225,9 @@ LEAVES = [
         )
         for count in (0, 1, 4, 48, 999)  # 48 = full in the first of the default shapes
     ),
-    Case(Sparse(density=0.3), cone=True, symmetries=ANY_SIGN, brute=brute(fixed(0), 1, nonzeros=2)),
+    Case(
+        Sparse(density=0.3), cone=True, symmetries=ANY_SIGN, brute=brute(fixed(0), 1, density=0.3)
+    ),
     Case(
         Sparse(nonzeros=4, value_dtype=BF16),
         symmetries=ANY_SIGN,
@@ -249,14 +257,14 @@ SUMS = [
         Sparse(density=0.25) + Binary(),
         cone=True,
         symmetries=ANY_SIGN,
-        brute=brute(scaled(-1, 1), 2, nonzeros=2),
+        brute=brute(scaled(-1, 1), 2, density=0.25),
     ),
     Case(
         Binary(value_dtype=BF16) + Sparse(nonzeros=3, value_dtype=BF16),
         brute=brute(scaled(-1, 1), 2, nonzeros=3),
         value_dtype=BF16,
     ),
-    Case(Binary(axis=0) + Sparse(nonzeros=3), symmetries=(negate, flip_signs, rescale)),
+    Case(Binary(axis=0) + Sparse(nonzeros=3), symmetries=(rescale,)),
     Case(
         Binary() + SparsePenalty(0.3),
         symmetries=(permute, flip_signs),
@@ -342,7 +350,7 @@ COMPOSED = [
     Case(
         each(Binary(), shapes=((2, 3), (4,), (1, 1, 5))) + Sparse(nonzeros=3),
         shapes=((15,),),
-        symmetries=(negate, flip_signs, rescale),
+        symmetries=(rescale,),
     ),
     Case(
         each(LowRank(1), shapes=((2, 3), (3, 3))) + Sparse(nonzeros=3),

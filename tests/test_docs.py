@@ -1,0 +1,229 @@
+"""Every Python block of the README and of docs/ runs, and every table and link in them holds.
+
+The blocks are taken from the pages. Those of one page run in order in one module, which already has
+what the pages call the user's own: `pretrained`, `loader`, `train_one_epoch` and `evaluate`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lc_compress
+from lc_compress import LC, Part
+from lc_compress.testing import check_part
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+# ------------------------------------------------------------------ what the pages call yours
+
+
+class Net(nn.Module):
+    """A convolution with BatchNorm and three linear layers, for 8×8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x))).flatten(1)
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
+
+
+Loader = list[tuple[Tensor, Tensor]]
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(labels).long()
+
+
+def train_one_epoch(model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer) -> None:
+    model.train()
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def evaluate(model: nn.Module) -> float:
+    """Share of the images after the training ones that the model gets wrong."""
+    model.eval()
+    images, labels = digits()
+    with torch.no_grad():
+        return float((model(images[512:]).argmax(1) != labels[512:]).float().mean())
+
+
+@pytest.fixture(scope="module")
+def yours() -> dict[str, Any]:
+    """The names that the pages take for granted."""
+    images, labels = digits()
+    loader = list(zip(images[:512].split(32), labels[:512].split(32), strict=True))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reference = Net()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(8):
+        train_one_epoch(reference, loader, optimizer)
+    return {
+        "pretrained": lambda: deepcopy(reference),
+        "loader": loader,
+        "train_one_epoch": train_one_epoch,
+        "evaluate": evaluate,
+    }
+
+
+# ------------------------------------------------------------------ blocks
+
+
+def blocks(page: str) -> Iterator[str]:
+    """The page's Python blocks, each moved down to its own lines, so that tracebacks name them."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for match in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield "\n" * text[: match.start(1)].count("\n") + match[1]
+
+
+def run(page: str, yours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that the page's blocks make; importable, as pickling a part of theirs needs."""
+    module = ModuleType("page_" + re.sub(r"\W", "_", page))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update(yours)
+    for block in blocks(page):
+        exec(compile(block, str(ROOT / page), "exec", dont_inherit=True), vars(module))
+    return module
+
+
+def test_every_page_has_python_blocks() -> None:
+    assert PAGES[0] == "README.md" and "docs/from-lc-toolkit.md" in PAGES
+    assert all(list(blocks(page)) for page in PAGES)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_blocks_run(page: str, yours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(page, yours, monkeypatch)
+
+
+def sum_gap(lc: LC) -> float:
+    """How far the model's weights are from Δ(θ), at most."""
+    gaps = []
+    for task in lc.tasks:
+        delta = task.split(task.part.reconstruct(task.state))
+        gaps += [
+            float((p.detach() - d).abs().max()) for p, d in zip(task.parameters, delta, strict=True)
+        ]
+    return max(gaps)
+
+
+def test_readme(yours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning beats direct compression, and the third-party part passes the contract, adds up and trains."""
+    module = run("README.md", yours, monkeypatch)
+    assert module.learned < module.direct
+
+    (written,) = [block for block in blocks("README.md") if "class SharedRow(" in block]
+    assert sum(bool(line.strip()) for line in written.splitlines()) < 30
+
+    def spread(w: Tensor, importance: Tensor, mu: float) -> float:
+        """The least error by another formula: Σ_i<j h_i h_j (w_i − w_j)² / Σ h for each column."""
+        pairs = importance[:, None] * importance * (w[:, None] - w) ** 2
+        total = importance.sum(0)
+        return float((pairs.sum((0, 1)) / total.where(total > 0, 1)).sum() * mu / 4)
+
+    assert check_part(module.SharedRow(), brute=spread, dtypes=(torch.float64,)) > 0
+
+    lc = module.lc  # of the last block: SharedRow + Binary + Sparse in every layer
+    assert all(task.part.parts[0] == module.SharedRow() for task in lc.tasks)
+    assert lc.history[-1]["gap"] < lc.history[0]["gap"] / 2
+    lc.finalize(calibration=yours["loader"])
+    assert sum_gap(lc) == 0
+    assert evaluate(module.model) < module.direct
+
+
+# ------------------------------------------------------------------ the migration page
+
+
+def table_rows(page: str, heading: str) -> list[tuple[str, str]]:
+    """The rows of the two-column table under a heading."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", section, re.MULTILINE)
+    assert rows[0] == ("there", "here")
+    return rows[1:]
+
+
+@pytest.mark.parametrize(("there", "here"), table_rows("docs/from-lc-toolkit.md", "Compressions"))
+def test_compressions_of_the_toolkit(there: str, here: str) -> None:
+    """What stands beside each of its classes is a part that compresses, or still missing."""
+    names = vars(lc_compress) | {"torch": torch}
+    if here.startswith("planned: "):
+        name = here.removeprefix("planned: ").strip("`")
+        assert name not in names, f"{name} exists now: put it into the table"
+        return
+    part = eval(here.strip("`"), names)
+    assert isinstance(part, Part)
+    shape = (8, 4, 3, 3) if 'conv_scheme="' in there else (32, 40)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    delta = part.reconstruct(part.project(w, mu=1.0))
+    assert delta.shape == w.shape and 0 < float((w - delta).norm()) <= float(w.norm())
+
+
+def test_calls_exist() -> None:
+    """Every `lc.name` and every keyword of LC on our side of the pages is there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    here = [right for _, right in table_rows("docs/from-lc-toolkit.md", "Calls")]
+    named = set(re.findall(r"\blc\.([a-z]\w*)", "\n".join([text, *here])))
+    built = LC(nn.Linear(3, 2), {"weight": lc_compress.Binary()}, schedule=[1.0])
+    assert {"steps", "compressed", "finalize", "penalty", "gap", "report"} <= named
+    assert [name for name in sorted(named) if not hasattr(built, name)] == []
+
+
+# ------------------------------------------------------------------ tables, links
+
+
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    """The script that writes the README's tables."""
+    path = ROOT / "experiments" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_what_the_results_say(tables: Any) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    message = "run experiments/readme_tables.py"
+    assert tables.filled(text, ROOT / "experiments" / "results") == text, message
+
+
+def test_tables_without_results(tables: Any, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    bare = tables.filled(text, tmp_path)
+    for name in ("digits", "cifar_resnet"):
+        assert re.search(rf"^Not measured yet: run `.*{name}\.py.*`\.$", bare, re.MULTILINE)
+    with pytest.raises(ValueError, match="digits table"):
+        tables.filled("no markers", tmp_path)
+
+
+def test_links() -> None:
+    """Every relative link and picture on the pages leads to a file."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
