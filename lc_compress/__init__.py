@@ -1,4 +1,6 @@
-"""Compress the weights of a PyTorch model as a sum of separately compressed parts, learned with the LC algorithm."""
+"""Compress the weights of a PyTorch model as a sum of separately compressed parts, learned with the
+LC algorithm.
+"""
 
 from .batchnorm import recalibrate as recalibrate
 from .binary import Binary as Binary

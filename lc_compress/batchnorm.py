@@ -23,16 +23,19 @@ def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, calibration: Calibration) -> None:
-    """Replace the running statistics by the mean over the given batches; nothing else of the model changes.
+    """Replace the running statistics by the mean over the given batches; nothing else of the model
+    changes.
 
     A layer that none of the batches reaches keeps its statistics.
 
     Args:
-        calibration: an iterable of batches, each a tensor, a mapping of keyword arguments, or a sequence that starts with the input;
-            or a function that runs the model on the data itself. Only BatchNorm layers are in training mode meanwhile.
+        calibration: an iterable of batches, each a tensor, a mapping of keyword arguments, or a
+            sequence that starts with the input; or a function that runs the model on the data
+            itself. Only BatchNorm layers are in training mode meanwhile.
 
     Raises:
-        ValueError: no batch, or a batch or a resulting statistic with NaN or inf. The old statistics are then back.
+        ValueError: no batch, or a batch or a resulting statistic with NaN or inf. The old
+            statistics are then back.
     """
     norms = batchnorms(model)
     modes = {module: module.training for module in model.modules()}

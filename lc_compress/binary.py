@@ -31,7 +31,9 @@ class TernaryState:
 
 
 def scale_ops(shape: torch.Size, scales: int, terms: int, positions: int) -> Ops:
-    """Additions of the inputs under each scale, then one multiplication by it: `terms` weights are not zero."""
+    """Additions of the inputs under each scale, then one multiplication by it: `terms` weights are
+    not zero.
+    """
     rows = shape[0] if len(shape) > 1 else 1
     return Ops(positions * max(rows, scales), positions * max(terms - rows, 0))
 
@@ -41,19 +43,21 @@ class Binary(Part[BinaryState]):
     """Weights of one magnitude per block, with free signs: 1 bit per weight.
 
     Solves   min Σ h (w − a s)²   over s ∈ {−1, 1}, one a ≥ 0 per block
-    exactly: s = sign(w) and a = Σ h |w| / Σ h (papers/learning-compression.md, section 3, scaled binary, weighted). A zero weight is
-    positive; a block without importance gets a = 0.
+    exactly: s = sign(w) and a = Σ h |w| / Σ h (papers/learning-compression.md, section 3, scaled
+    binary, weighted). A zero weight is positive; a block without importance gets a = 0.
 
     Args:
         axis: one scale per index of this axis (0: per output channel).
-        group: one scale per `group` consecutive weights of the flattened tensor, the last group possibly shorter.
-            With neither, one scale for the tensor.
+        group: one scale per `group` consecutive weights of the flattened tensor, the last group
+            possibly shorter. With neither, one scale for the tensor.
         value_dtype: how scales are stored; None: in the weights' dtype.
 
-    Cost: O(N). Stores N bits and the scales. Applies in N additions and one multiplication per output or scale.
+    Cost: O(N). Stores N bits and the scales. Applies in N additions and one multiplication per
+        output or scale.
 
     Raises:
-        ValueError: both `axis` and `group`, `group` < 1, no such axis, or a `value_dtype` that is not floating point.
+        ValueError: both `axis` and `group`, `group` < 1, no such axis, or a `value_dtype` that is
+            not floating point.
     """
 
     axis: int | None = None
@@ -120,9 +124,10 @@ class Ternary(Part[TernaryState]):
     """Weights −a, 0 or a, with one a per block: log2(3) bits per weight, stored five to a byte.
 
     Solves   min Σ h (w − a t)²   over t ∈ {−1, 0, 1}, one a ≥ 0 per block
-    exactly. For a given a the best t is sign(w) where |w| > a/2, so the support is a prefix of the weights sorted by |w|, whatever
-    the importance; a prefix scores (Σ h |w|)² / Σ h, and the best one gives a = Σ h |w| / Σ h over it (papers/learning-compression.md,
-    section 3, scaled ternary, weighted). Exact up to the rounding of a to `value_dtype`.
+    exactly. For a given a the best t is sign(w) where |w| > a/2, so the support is a prefix of the
+    weights sorted by |w|, whatever the importance; a prefix scores (Σ h |w|)² / Σ h, and the best
+    one gives a = Σ h |w| / Σ h over it (papers/learning-compression.md, section 3, scaled ternary,
+    weighted). Exact up to the rounding of a to `value_dtype`.
 
     Args, Raises: as `Binary`.
 

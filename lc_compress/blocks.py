@@ -1,4 +1,6 @@
-"""Which weights share a scale: the whole tensor, each index of an axis, or groups of consecutive weights."""
+"""Which weights share a scale: the whole tensor, each index of an axis, or groups of consecutive
+weights.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from torch.nn import functional as F
 class Blocks:
     """A partition of a tensor's entries into blocks of equal size.
 
-    axis: one block per index of this axis (0: per output channel of linear and convolution weights).
-    group: one block per `group` consecutive weights of the flattened tensor; the last may be shorter.
+    axis: one block per index of this axis (0: per output channel of linear and convolution
+    weights).
+    group: one block per `group` consecutive weights of the flattened tensor; the last may be
+    shorter.
     Neither: one block, the tensor. Both: an error.
     """
 
@@ -50,7 +54,9 @@ class Blocks:
         return F.pad(x.reshape(-1), (0, blocks * self.group - x.numel())).view(blocks, self.group)
 
     def split_importance(self, importance: Tensor | None, w: Tensor) -> Tensor | None:
-        """Importance as (blocks, size) in float64, zero on padding; None where every entry counts 1."""
+        """Importance as (blocks, size) in float64, zero on padding; None where every entry counts
+        1.
+        """
         if importance is None:
             if self.group is None or w.numel() % self.group == 0:
                 return None

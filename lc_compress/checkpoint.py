@@ -34,10 +34,12 @@ def _ranks() -> tuple[int, int]:
 
 def generators() -> dict[str, Any]:
     """The state of Python's, NumPy's, torch's and CUDA's global generators."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    name, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
-        "numpy": (str(name), keys.tolist(), int(position), int(has_gauss), float(cached)),  # type: ignore[union-attr]  # a tuple, as asked
+        "numpy": (str(name), keys.tolist(), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

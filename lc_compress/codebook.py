@@ -245,7 +245,8 @@ def _merged(
 
 
 def _optimal_starts(values: Floats, mass: Floats, k: int) -> Ints:
-    """First position of each cluster when ascending values (n,), n > k, are cut into k at least error.
+    """First position of each cluster when ascending values (n,), n > k, are cut into k at least
+    error.
 
     Exact, from coarse to fine. At first cuts are allowed on a coarse grid of positions only, where
     the programme is short. Any optimal partition can be moved onto the grid at a cost of at most

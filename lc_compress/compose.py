@@ -1,4 +1,6 @@
-"""Parts made of parts: sums, ordered composition, views, and one state per tensor of a group. Each is itself a `Part`."""
+"""Parts made of parts: sums, ordered composition, views, and one state per tensor of a group. Each
+is itself a `Part`.
+"""
 
 from __future__ import annotations
 
@@ -49,15 +51,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Sum(Part[States]):
-    """Additive combination Δ(θ) = Δ₁(θ₁) + Δ₂(θ₂) + …, the weights of a model as a sum of separately compressed parts.
+    """Additive combination Δ(θ) = Δ₁(θ₁) + Δ₂(θ₂) + …, the weights of a model as a sum of
+    separately compressed parts.
 
     Solves   min μ/2 Σ h (w − Σ_i Δ_i(θ_i))² + Σ_i penalty_i(θ_i)
 
-    A pair with a joint solver (`joint.py`: binary or a fixed codebook, plus sparse) is solved exactly, and if it is the whole sum, so is the
-    sum. Otherwise block descent: each block projects the residual that the others leave, warm-started, until a sweep lowers the
-    objective by less than `tolerance`, relatively. From a warm state there is one descent. A cold start tries the orders of the blocks (all of
-    up to three blocks, else the rotations of the written order), each greedy first and then descended coarsely, and continues the best one. The result
-    is block-stationary: a local optimum, which in general depends on the start, though never on how the sum was bracketed.
+    A pair with a joint solver (`joint.py`: binary or a fixed codebook, plus sparse) is solved
+    exactly, and if it is the whole sum, so is the sum. Otherwise block descent: each block projects
+    the residual that the others leave, warm-started, until a sweep lowers the objective by less
+    than `tolerance`, relatively. From a warm state there is one descent. A cold start tries the
+    orders of the blocks (all of up to three blocks, else the rotations of the written order), each
+    greedy first and then descended coarsely, and continues the best one. The result is
+    block-stationary: a local optimum, which in general depends on the start, though never on how
+    the sum was bracketed.
 
     Args:
         parts: the terms; sums among them are flattened.
@@ -184,7 +190,9 @@ def _add(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _same_view(a: Part[Any], b: Part[Any]) -> tuple[Part[Any], Part[Any]]:
-    """The inner parts if both look at the tensor through the same view; otherwise the parts themselves."""
+    """The inner parts if both look at the tensor through the same view; otherwise the parts
+    themselves.
+    """
     if isinstance(a, Over) and isinstance(b, Over) and a.view == b.view:
         return a.part, b.part
     return a, b
@@ -236,7 +244,9 @@ class _Descent:
         return rounded(total, w.dtype, None)
 
     def update(self, block: Block, states: list[Any], target: Tensor) -> None:
-        """Replace the block's states by better ones for `target`; `states` may hold None for a cold start."""
+        """Replace the block's states by better ones for `target`; `states` may hold None for a cold
+        start.
+        """
         parts = [self.sum.parts[i] for i in block.terms]
         if block.pair is None:
             (i,), (part,) = block.terms, parts
@@ -258,7 +268,9 @@ def _improve_pair(
     mu: float | None,
     importance: Tensor | None,
 ) -> tuple[Any, Any]:
-    """The pair's joint solution, or the warm one where that is better and the solver is not certain."""
+    """The pair's joint solution, or the warm one where that is better and the solver is not
+    certain.
+    """
     inner = _same_view(a, b)
     if (
         inner[0] is not a and isinstance(a, Over) and isinstance(b, Over)
@@ -282,7 +294,9 @@ def _improve_pair(
 
 @dataclass(frozen=True, eq=False)
 class Exposed:
-    """A continuous field of a state, laid out for the inner part: its values, which count how much, and the stored positions."""
+    """A continuous field of a state, laid out for the inner part: its values, which count how much,
+    and the stored positions.
+    """
 
     values: Tensor
     importance: Tensor | None = None
@@ -297,7 +311,9 @@ def expose(part: Part[Any], state: Any, importance: Tensor | None) -> dict[str, 
 
 @expose.register
 def _(part: SparseForm, state: SparseState, importance: Tensor | None) -> dict[str, Exposed]:
-    """The dense layout, with value and importance 0 off the support, so that blocks of a format lie on the dense weight."""
+    """The dense layout, with value and importance 0 off the support, so that blocks of a format lie
+    on the dense weight.
+    """
     dense = part.reconstruct(state)
     support = torch.zeros(dense.numel(), dtype=torch.bool, device=dense.device)
     support[state.positions] = True
@@ -311,7 +327,9 @@ _KEPT = "@positions."  # marks inner fields that are stored for the kept weights
 
 @dataclass(frozen=True, eq=False)
 class ThenState:
-    """outer: state of the first part, its continuous fields replaced by their compressed values; inner: one state per such field."""
+    """outer: state of the first part, its continuous fields replaced by their compressed values;
+    inner: one state per such field.
+    """
 
     outer: Any
     inner: dict[str, Any]
@@ -321,12 +339,14 @@ class ThenState:
 class Then(Part[ThenState]):
     """Ordered composition: `inner` compresses what `outer` left continuous.
 
-    `Sparse(...).then(KMeans(4))` prunes, then quantizes the survivors (codes are stored for them only); `LowRank(r).then(KMeans(16))` quantizes each factor.
-    A heuristic for  min Σ h (w − Δ(θ))²  over both (`exact` is False): first `outer` projects w, then `inner` its values. Other
-    parts expose their `free` fields, for example a binary part its scales.
+    `Sparse(...).then(KMeans(4))` prunes, then quantizes the survivors (codes are stored for them
+    only); `LowRank(r).then(KMeans(16))` quantizes each factor. A heuristic for  min Σ h (w − Δ(θ))²
+    over both (`exact` is False): first `outer` projects w, then `inner` its values. Other parts
+    expose their `free` fields, for example a binary part its scales.
 
     Raises:
-        TypeError: `outer` has no continuous values (a fixed codebook), or is a sum (compose its terms instead).
+        TypeError: `outer` has no continuous values (a fixed codebook), or is a sum (compose its
+            terms instead).
     """
 
     outer: Part[Any]
@@ -421,7 +441,9 @@ class Then(Part[ThenState]):
 
 
 def then(outer: Part[Any], inner: Part[Any]) -> Part[Any]:
-    """`outer.then(inner)`: passes through views, groups and an earlier `then` to the part whose values are continuous."""
+    """`outer.then(inner)`: passes through views, groups and an earlier `then` to the part whose
+    values are continuous.
+    """
     if isinstance(outer, Over):
         return Over(then(outer.part, inner), outer.view)
     if isinstance(outer, Each):
@@ -450,8 +472,8 @@ class OverState:
 class Over(Part[OverState]):
     """A part that sees the weights through a view: `LowRank(4).over(Matrix())` for a convolution.
 
-    Solves the part's problem for `view.show(w)`: the same problem, since a view only rearranges entries. So a matrix
-    part and a vector part of one tensor add up.
+    Solves the part's problem for `view.show(w)`: the same problem, since a view only rearranges
+    entries. So a matrix part and a vector part of one tensor add up.
     """
 
     part: Part[Any]
@@ -514,8 +536,8 @@ class Over(Part[OverState]):
 class Each(Part[States]):
     """One state per tensor of a joint group, whose tensors arrive as one vector.
 
-    `each(Binary()) + Sparse(density=0.01)` on a joint group is a scale per layer plus one budget of floats for all of them. The
-    controller fills in the shapes; without a group, give them.
+    `each(Binary()) + Sparse(density=0.01)` on a joint group is a scale per layer plus one budget of
+    floats for all of them. The controller fills in the shapes; without a group, give them.
 
     State: the tuple of the tensors' states.
 
@@ -545,7 +567,8 @@ class Each(Part[States]):
     def _sizes(self) -> list[int]:
         if self.shapes is None:
             raise ValueError(
-                f"{self} stands for one state per tensor of a group: use it in a Joint task, or give `shapes`."
+                f"{self} stands for one state per tensor of a group: use it in a Joint task, or "
+                "give `shapes`."
             )
         return [math.prod(shape) for shape in self.shapes]
 
@@ -575,7 +598,9 @@ class Each(Part[States]):
         return torch.cat([self.part.reconstruct(s).reshape(-1) for s in state])
 
     def encode(self, state: States) -> dict[str, Field]:
-        """The tensors' fields; one per weight in the same coding for all is written as one array for the group."""
+        """The tensors' fields; one per weight in the same coding for all is written as one array
+        for the group.
+        """
         each = [self.part.encode(s) for s in state]
         fields: dict[str, Field] = {}
         for name, first in each[0].items():

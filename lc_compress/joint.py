@@ -3,7 +3,8 @@
     @register(Binary, Sparse, exact=lambda a, b: ...)
     def binary_sparse(a, b, w, warm, mu, importance) -> (state of a, state of b)
 
-The table is keyed by the pair of types and looked up both ways; users add to it with the same decorator.
+The table is keyed by the pair of types and looked up both ways; users add to it with the same
+decorator.
 """
 
 from __future__ import annotations
@@ -71,9 +72,10 @@ def register(
     """Use the decorated function as the C step of every `a + b` for which `applies(a, b)` holds.
 
     Args:
-        applies: whether this pair of hyper-parameters is the function's case; otherwise the sum alternates.
-        exact, weighted: whether the result is a global minimum, without and with importance. Where it is not, the sum keeps
-            the better of the result and its warm start.
+        applies: whether this pair of hyper-parameters is the function's case; otherwise the sum
+        alternates.
+        exact, weighted: whether the result is a global minimum, without and with importance. Where
+            it is not, the sum keeps the better of the result and its warm start.
     """
 
     def add(solver: Solver) -> Solver:
@@ -108,7 +110,9 @@ def _correct(
     mu: float | None,
     h: Tensor | None,
 ) -> tuple[BinaryState, SparseState]:
-    """The best states for a given scale: nearest sign everywhere, then the best corrections of what is left."""
+    """The best states for a given scale: nearest sign everywhere, then the best corrections of what
+    is left.
+    """
     state = BinaryState(rounded(scale.reshape(1), w.dtype, binary.value_dtype), w >= 0)
     residual = rounded(working(w) - working(binary.reconstruct(state)), w.dtype, None)
     return state, sparse.solve(residual, None, mu, h)
@@ -122,10 +126,12 @@ def _kept_mean(u: Tensor, h: Tensor, dropped: Tensor) -> Tensor:
 def _trimmed(
     u: Tensor, h: Tensor, starts: list[Tensor], drop: Callable[[Tensor], Tensor], price: float
 ) -> Tensor:
-    """Weighted case, local: from each start alternate kept set and weighted mean; the best scale found.
+    """Weighted case, local: from each start alternate kept set and weighted mean; the best scale
+    found.
 
-    With unequal importance the corrected entries, the largest h (u − a)², are no longer the outside of a window of sorted u.
-    Each half step lowers Σ_kept h (u − a)² + price·corrections, so the alternation ends; the better of the starts is returned.
+    With unequal importance the corrected entries, the largest h (u − a)², are no longer the outside
+    of a window of sorted u. Each half step lowers Σ_kept h (u − a)² + price·corrections, so the
+    alternation ends; the better of the starts is returned.
     """
     best, best_error = starts[0], float("inf")
     for scale in starts:
@@ -159,14 +165,17 @@ def binary_sparse(
     mu: float | None,
     importance: Tensor | None,
 ) -> tuple[BinaryState, SparseState]:
-    """min ‖w − a s − θ‖²  s.t. ‖θ‖₀ ≤ κ, exactly (papers/learning-compression.md, 4.4), with one scale.
+    """min ‖w − a s − θ‖²  s.t. ‖θ‖₀ ≤ κ, exactly (papers/learning-compression.md, 4.4), with one
+    scale.
 
-    Proof. Let u = |w|. Entries in the support of θ cost nothing; any other costs (u_i − a)², with s_i = sign(w_i). For a given a the best
-    support holds the κ largest |u_i − a|, so the other N − κ entries are a contiguous window of sorted u; for a given window a is
-    its mean. The least Σ(u − mean)² over the κ + 1 windows is therefore the minimum; the κ smallest and largest u and sums over all give
-    it. O(N + κ log κ), in float64.
+    Proof. Let u = |w|. Entries in the support of θ cost nothing; any other costs (u_i − a)², with
+    s_i = sign(w_i). For a given a the best support holds the κ largest |u_i − a|, so the other N −
+    κ entries are a contiguous window of sorted u; for a given window a is its mean. The least Σ(u −
+    mean)² over the κ + 1 windows is therefore the minimum; the κ smallest and largest u and sums
+    over all give it. O(N + κ log κ), in float64.
 
-    With importance the kept set is no window: alternation from several starts, not worse than the warm start.
+    With importance the kept set is no window: alternation from several starts, not worse than the
+    warm start.
     """
     u = working(w).abs().reshape(-1)
     n = u.numel()
@@ -198,11 +207,14 @@ def binary_sparse_penalty(
     mu: float | None,
     importance: Tensor | None,
 ) -> tuple[BinaryState, SparseState]:
-    """min μ/2 ‖w − a s − θ‖² + α ‖θ‖₀, exactly (papers/learning-compression.md, 4.5), with one scale.
+    """min μ/2 ‖w − a s − θ‖² + α ‖θ‖₀, exactly (papers/learning-compression.md, 4.5), with one
+    scale.
 
-    Proof. With u = |w| and t² = 2α/μ the problem is min_a Σ min((u_i − a)², t²). As a grows, the kept set {|u_i − a| ≤ t}, a window of sorted
-    u, changes only when an entry enters at its right end or leaves at its left: at most 2N windows. Scoring each window at its own mean plus t²
-    per entry outside is an upper bound of the objective at that mean, and tight at the best a, whose window is among them. O(N log N).
+    Proof. With u = |w| and t² = 2α/μ the problem is min_a Σ min((u_i − a)², t²). As a grows, the
+    kept set {|u_i − a| ≤ t}, a window of sorted u, changes only when an entry enters at its right
+    end or leaves at its left: at most 2N windows. Scoring each window at its own mean plus t² per
+    entry outside is an upper bound of the objective at that mean, and tight at the best a, whose
+    window is among them. O(N log N).
 
     With importance: alternation from several starts, not worse than the warm start.
     """
@@ -245,10 +257,12 @@ def codebook_sparse(
     mu: float | None,
     importance: Tensor | None,
 ) -> tuple[Any, SparseState]:
-    """A fixed codebook plus an l0 constraint or penalty, exactly, weighted too (papers/learning-compression.md, 4.1 and 4.2).
+    """A fixed codebook plus an l0 constraint or penalty, exactly, weighted too
+    (papers/learning-compression.md, 4.1 and 4.2).
 
-    Proof. Let d_i be the distance of w_i to its nearest codeword. Whatever the support of θ, entries in it cost 0 (or the price α) and the others at
-    least h_i d_i², which the nearest codeword attains. So take the nearest codeword everywhere, and correct where h_i d_i² is largest
+    Proof. Let d_i be the distance of w_i to its nearest codeword. Whatever the support of θ,
+    entries in it cost 0 (or the price α) and the others at least h_i d_i², which the nearest
+    codeword attains. So take the nearest codeword everywhere, and correct where h_i d_i² is largest
     (or above the price). O(N log K) and a selection.
     """
     state = a.solve(w, None, mu, importance)

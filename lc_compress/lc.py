@@ -1,4 +1,6 @@
-"""The controller of the learning-compression algorithm: the user's loop is the L step, the parts are the C step."""
+"""The controller of the learning-compression algorithm: the user's loop is the L step, the parts
+are the C step.
+"""
 
 from __future__ import annotations
 
@@ -45,30 +47,37 @@ class Step:
 class LC:
     """Learn the weights of a model as Δ(θ), a sum of separately compressed parts.
 
-    Solves   min_w,θ L(w)   s.t. w = Δ(θ)   by the augmented Lagrangian (or, with `multipliers=False`, the quadratic penalty)
+    Solves   min_w,θ L(w)   s.t. w = Δ(θ)
+    by the augmented Lagrangian (or, with `multipliers=False`, the quadratic penalty)
 
         L step   w ← argmin L(w) + μ/2 ‖w − Δ(θ) − λ/μ‖²      the user's loop
         C step   θ ← argmin ‖w − λ/μ − Δ(θ)‖²                 a projection, by the part
         λ ← λ − μ (w − Δ(θ)), after the last step with this μ;  then the next μ
 
-    (papers/learning-compression.md, section 1). On construction θ is the direct compression of the model's weights, at the first μ.
+    (papers/learning-compression.md, section 1). On construction θ is the direct compression of the
+    model's weights, at the first μ.
 
     Args:
         model: any module; its parameters stay plain parameters.
-        tasks: {pattern: part}. A pattern is an exact name, a glob, `re:` and an expression, a function of (name, tensor), or
-            `Joint(pattern)` for one task of all it matches. See `selection.select`.
+        tasks: {pattern: part}. A pattern is an exact name, a glob, `re:` and an expression, a
+            function of (name, tensor), or `Joint(pattern)` for one task of all it matches. See
+            `selection.select`.
         schedule: μ per LC step, not falling; `geometric(mu0, growth, steps)` or any sequence.
-        optimizer: given, the L step is done by hooks on it: call nothing else. Not given, add `lc.penalty()` to the loss.
-        gradient: where the loss gradient is taken. "weights": at w, the classic algorithm. "sum": at Δ(θ), straight-through; the
-            parameters then hold Δ(θ) except inside `optimizer.step()`, a C step follows every `every` optimizer steps, and μ may be 0.
+        optimizer: given, the L step is done by hooks on it: call nothing else. Not given, add
+        `lc.penalty()` to the loss.
+        gradient: where the loss gradient is taken. "weights": at w, the classic algorithm. "sum":
+            at Δ(θ), straight-through; the parameters then hold Δ(θ) except inside
+            `optimizer.step()`, a C step follows every `every` optimizer steps, and μ may be 0.
         every: see `gradient="sum"`.
         multipliers: use λ.
-        lr_guard: use min(lr, 1/μ) in the optimizer's steps; `lc.guarded` counts the steps in which it was below the optimizer's own rate.
+        lr_guard: use min(lr, 1/μ) in the optimizer's steps; `lc.guarded` counts the steps in which
+        it was below the optimizer's own rate.
         rule: with gradient="sum", a function (grad, w, θ) → grad that changes the loss gradient.
         example_inputs: a batch, to count the operations of convolutions in `report()`.
 
     Raises:
-        TypeError, ValueError: the tasks, the schedule or the options do not fit; nothing has then been changed.
+        TypeError, ValueError: the tasks, the schedule or the options do not fit; nothing has then
+        been changed.
     """
 
     def __init__(
@@ -137,14 +146,16 @@ class LC:
         return self._guarded + (self._hook.guarded if self._hook else 0)
 
     def penalty(self) -> Tensor:
-        """μ/2 ‖w − Δ(θ)‖² − λᵀ(w − Δ(θ)), to be added to the loss: the L step's penalty up to a constant. A scalar, differentiable in w.
+        """μ/2 ‖w − Δ(θ)‖² − λᵀ(w − Δ(θ)), to be added to the loss: the L step's penalty up to a
+        constant. A scalar, differentiable in w.
 
         Raises:
             RuntimeError: the optimizer hook already adds its gradient, or the run is finished.
         """
         if self._hook is not None:
             raise RuntimeError(
-                "LC was given optimizer=, whose hook adds the penalty's gradient: with lc.penalty() in the loss it would count twice. Use one."
+                "LC was given optimizer=, whose hook adds the penalty's gradient: with "
+                "lc.penalty() in the loss it would count twice. Use one."
             )
         self._refuse_if_finished("penalty()")
         total: Tensor = torch.zeros(())
@@ -166,14 +177,17 @@ class LC:
         checkpoint: str | os.PathLike[str] | None = None,
         save: Mapping[str, Any] | None = None,
     ) -> Iterator[Step]:
-        """The LC steps that are left. Train in the body; at its end come the C step and the multiplier step.
+        """The LC steps that are left. Train in the body; at its end come the C step and the
+        multiplier step.
 
-        A body that is left early (break, exception) leaves its step undone: a new call of `steps()` runs it again.
+        A body that is left early (break, exception) leaves its step undone: a new call of `steps()`
+        runs it again.
 
         Args:
             progress: show a bar with μ, gap, whatever was given to `log`, and the time left.
             checkpoint: a file. If it exists the run goes on from it, else it is written now; it is
-                rewritten, whole or not at all, after each step. All processes must see the same file.
+                rewritten, whole or not at all, after each step. All processes must see the same
+                file.
             save: objects whose state belongs to the run: optimizer, scheduler, scaler, and the
                 loader's generator. What else a loader keeps (persistent workers) is not restored.
 
@@ -206,10 +220,12 @@ class LC:
         self._bar = None
 
     def c_step(self) -> None:
-        """Project now: every θ ← argmin ‖w − λ/μ − Δ(θ)‖². Called in the body of a step, it takes the place of the one at its end.
+        """Project now: every θ ← argmin ‖w − λ/μ − Δ(θ)‖². Called in the body of a step, it takes
+        the place of the one at its end.
 
         Raises:
-            RuntimeError: a projection failed; the message names the tensor. No θ has then been changed.
+            RuntimeError: a projection failed; the message names the tensor. No θ has then been
+                changed.
         """
         self._refuse_if_finished("c_step()")
         if self._busy:
@@ -268,11 +284,13 @@ class LC:
 
     @contextmanager
     def compressed(self, calibration: Calibration | _Unset | None = _UNSET) -> Iterator[nn.Module]:
-        """Inside, the model's weights are Δ(θ) and BatchNorm fits them; on exit everything is as before.
+        """Inside, the model's weights are Δ(θ) and BatchNorm fits them; on exit everything is as
+        before.
 
         Args:
-            calibration: training batches to re-estimate the running statistics of BatchNorm on, or a function that runs the model on
-                them. `None` keeps the statistics, which belong to w; a model with BatchNorm asks for one or the other.
+            calibration: training batches to re-estimate the running statistics of BatchNorm on, or
+                a function that runs the model on them. `None` keeps the statistics, which belong to
+                w; a model with BatchNorm asks for one or the other.
         """
         self._check_calibration(calibration, "compressed")
         if self._busy:
@@ -304,9 +322,11 @@ class LC:
                     module.load_state_dict(statistics[name])
 
     def keep_best(self, metric: float, *, smaller_is_better: bool = True) -> bool:
-        """Remember θ and the rest of the model if `metric` is the best so far; `finalize(best=True)` returns to it.
+        """Remember θ and the rest of the model if `metric` is the best so far;
+        `finalize(best=True)` returns to it.
 
-        Call it where the metric was measured, usually inside `compressed(...)`. Measure on training or held-out training data.
+        Call it where the metric was measured, usually inside `compressed(...)`. Measure on training
+        or held-out training data.
         """
         value = metric if smaller_is_better else -metric
         if value != value:
@@ -329,7 +349,8 @@ class LC:
         """End the run: the model is Δ(θ) from here on, and the optimizer's hooks are gone.
 
         Args:
-            calibration: as in `compressed`. With `best=True` and statistics kept inside `compressed(...)`, `None` keeps those.
+            calibration: as in `compressed`. With `best=True` and statistics kept inside
+            `compressed(...)`, `None` keeps those.
             best: return to what `keep_best` kept last.
         """
         self._refuse_if_finished("finalize()")
@@ -365,20 +386,23 @@ class LC:
     def refine(
         self, make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
     ) -> AbstractContextManager[Optimizer]:
-        """Train the continuous fields of θ (scales, values, factors, codebooks) with signs, supports and codes fixed.
+        """Train the continuous fields of θ (scales, values, factors, codebooks) with signs,
+        supports and codes fixed.
 
             with lc.refine(lambda parameters: torch.optim.Adam(parameters, lr=1e-4)) as optimizer:
                 train_one_epoch(model, loader, optimizer)
 
-        Inside, the model is Δ(θ); `make_optimizer` gets the fields and the model's uncompressed parameters. Afterwards θ is rounded to what
-        its parts store. Use it after the LC steps, before or after `finalize`.
+        Inside, the model is Δ(θ); `make_optimizer` gets the fields and the model's uncompressed
+        parameters. Afterwards θ is rounded to what its parts store. Use it after the LC steps,
+        before or after `finalize`.
 
         Raises:
             RuntimeError: LC steps are left, or the model's weights are in use.
         """
         if not self._finished and self.position < len(self.schedule):
             raise RuntimeError(
-                f"refine() fixes the structure: finish the LC steps first ({self.position} of {len(self.schedule)} done)."
+                f"refine() fixes the structure: finish the LC steps first ({self.position} of "
+                f"{len(self.schedule)} done)."
             )
         return self._refine(make_optimizer)
 
@@ -407,8 +431,10 @@ class LC:
         norms = batchnorms(unwrap(self.model))
         if isinstance(calibration, _Unset) and norms:
             raise TypeError(
-                f"{where}() needs calibration=: the running statistics of {len(norms)} BatchNorm layers belong to w, not to the compressed "
-                f"weights. Give training batches to re-estimate them, or calibration=None to keep them."
+                f"{where}() needs calibration=: the running statistics of {len(norms)} BatchNorm "
+                "layers belong to w, not to the compressed "
+                "weights. Give training batches to re-estimate them, or calibration=None to "
+                "keep them."
             )
 
     def _refuse_if_finished(self, what: str) -> None:
@@ -418,7 +444,9 @@ class LC:
     # ------------------------------------------------------------------ report, resume
 
     def report(self) -> Report:
-        """Sizes, operations and distances per task and in total, counted from what would be stored."""
+        """Sizes, operations and distances per task and in total, counted from what would
+        be stored.
+        """
         return report(self.model, self.tasks, self._positions, self._started)
 
     def __str__(self) -> str:
@@ -437,7 +465,8 @@ class LC:
                 )
             )
         mus = f"μ {self.schedule[0]:.3g} … {self.schedule[-1]:.3g}"
-        return f"{table(lines)}\nstep {self.position} of {len(self.schedule)}, {mus}, gradient at {self.gradient}"
+        progress = f"step {self.position} of {len(self.schedule)}"
+        return f"{table(lines)}\n{progress}, {mus}, gradient at {self.gradient}"
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of the run that is not in the model: θ, λ, w, the position; plain data."""
@@ -462,8 +491,8 @@ class LC:
 
         Raises:
             RuntimeError: the run is finished.
-            ValueError: the state is damaged, or of another model, plan, schedule, option or version;
-                nothing has then been changed.
+            ValueError: the state is damaged, or of another model, plan, schedule, option or
+                version; nothing has then been changed.
         """
         self._refuse_if_finished("load_state_dict()")
         self._take(state, self._check_state(state))
@@ -511,7 +540,8 @@ class LC:
         names = [task.name for task in self.tasks]
         if list(state["tasks"]) != names or list(state["started"]) != names:
             raise ValueError(
-                f"The state is of another model or plan: it has {list(state['tasks'])}, this run {names}."
+                f"The state is of another model or plan: it has {list(state['tasks'])}, this run "
+                f"{names}."
             )
         return [
             task.check_state(state["tasks"][task.name], state["started"][task.name])

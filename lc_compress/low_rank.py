@@ -159,7 +159,9 @@ def _truncated(x: Tensor, rank: int, accurate: bool) -> tuple[Tensor, Tensor]:
 def _weighted(
     x: Tensor, h: Tensor, start: Tensor | None, rank: int, accurate: bool
 ) -> tuple[Tensor, Tensor]:
-    """Factors for an importance h (m, n) of maximum 1: exact if it is a product, else by descent."""
+    """Factors for an importance h (m, n) of maximum 1: exact if it is a product, else by
+    descent.
+    """
     # the envelope a bᵀ >= h: it touches h in each column, and a product is its own
     a = h.amax(1, keepdim=True)
     b = torch.where(a > 0, h / a, 0).amax(0)

@@ -1,7 +1,9 @@
-"""What the user's optimizer step does for LC: the two points at which the loss gradient can be taken.
+"""What the user's optimizer step does for LC: the two points at which the loss gradient can be
+taken.
 
-`PenaltyHook`: the parameters hold w; the gradient of the penalty is added just before the step (classic LC).
-`SumHook`: the parameters hold Δ(θ) and w lives here; it is put back for the step only (straight-through over the sum).
+`PenaltyHook`: the parameters hold w; the gradient of the penalty is added just before the step
+(classic LC). `SumHook`: the parameters hold Δ(θ) and w lives here; it is put back for the step only
+(straight-through over the sum).
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class Hook(ABC):
                 ]
                 if shared:
                     raise ValueError(
-                        f"Another LC already acts on {shared} in this optimizer: with two the penalty would count twice. "
+                        f"Another LC already acts on {shared} in this optimizer: with two the "
+                        "penalty would count twice. "
                         f"Finalize it, or make a new optimizer."
                     )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -70,18 +73,21 @@ class Hook(ABC):
             for name, p in zip(task.names, task.parameters, strict=True):
                 if p.requires_grad and id(p) not in held:
                     raise ValueError(
-                        f"{name!r} is to be compressed but is not in the optimizer. Make the optimizer from this model's parameters."
+                        f"{name!r} is to be compressed but is not in the optimizer. Make the "
+                        "optimizer from this model's parameters."
                     )
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(x is not None for x in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step(closure) computes its gradients inside the step, after LC's turn. "
+                f"{type(optimizer).__name__}.step(closure) computes its gradients inside the "
+                "step, after LC's turn. "
                 f"Compute them before step(), or use loss + lc.penalty() without optimizer=."
             )
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
-                f"{type(optimizer).__name__}(fused=True) under GradScaler unscales gradients inside its step, after LC's turn. "
+                f"{type(optimizer).__name__}(fused=True) under GradScaler unscales gradients "
+                "inside its step, after LC's turn. "
                 f"Use fused=False, or loss + lc.penalty()."
             )
         self._check_gradients()
@@ -96,7 +102,9 @@ class Hook(ABC):
         self.after()
 
     def _check_gradients(self) -> None:
-        """On the CPU, where it costs no synchronisation; elsewhere the next C step finds the weights."""
+        """On the CPU, where it costs no synchronisation; elsewhere the next C step finds the
+        weights.
+        """
         pairs = [
             (n, p.grad) for t in self.tasks for n, p in zip(t.names, t.parameters, strict=True)
         ]
@@ -176,7 +184,9 @@ class PenaltyHook(Hook):
 
 
 class SumHook(Hook):
-    """The loss gradient is taken at Δ(θ) and applied to w; a C step follows every `every` optimizer steps."""
+    """The loss gradient is taken at Δ(θ) and applied to w; a C step follows every `every` optimizer
+    steps.
+    """
 
     def __init__(
         self,

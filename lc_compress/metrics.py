@@ -1,4 +1,6 @@
-"""What a compressed model costs and how far it is from its weights: one report, counted from what would be stored."""
+"""What a compressed model costs and how far it is from its weights: one report, counted from what
+would be stored.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,13 @@ from .task import Task
 class Row:
     """One task (a tensor or a joint group), or what is not compressed, or the total.
 
-    weights: how many numbers.   bits: stored size.   bits_per_weight, ratio32, ratio16: of it, against float32 and float16 storage.
-    mults, adds: for one example; None where the number of positions is not known (convolutions without example_inputs) or has no
+    weights: how many numbers.   bits: stored size.
+    bits_per_weight, ratio32, ratio16: of it, against float32 and float16 storage.
+    mults, adds: for one example; None where the number of positions is not known (convolutions
+    without example_inputs) or has no
     meaning (embeddings).   dense_mults: the same for the plain layer.
-    gap: ‖w − Δ(θ)‖ / ‖w‖ now.   error: ‖w₀ − Δ(θ)‖ / ‖w₀‖ for the weights w₀ that the run started from.
+    gap: ‖w − Δ(θ)‖ / ‖w‖ now.
+    error: ‖w₀ − Δ(θ)‖ / ‖w₀‖ for the weights w₀ that the run started from.
     """
 
     name: str
@@ -58,10 +63,11 @@ _COSTS = ("mults", "adds", "dense_mults", "gap", "error")
 
 @dataclass(frozen=True)
 class Report:
-    """Rows per task, what stays uncompressed, and the total. `print` it, or write it as JSON or CSV.
+    """Rows per task, what stays uncompressed, and the total. `print` it, or write it as JSON or
+    CSV.
 
-    Uncompressed are all other floating-point entries of the model's state dict (biases, BatchNorm, other weights) at their own
-    size. The total counts both; no file header is counted here.
+    Uncompressed are all other floating-point entries of the model's state dict (biases, BatchNorm,
+    other weights) at their own size. The total counts both; no file header is counted here.
     """
 
     rows: tuple[Row, ...]
@@ -147,7 +153,9 @@ def report(
     positions: Mapping[int, int],
     started: Mapping[str, Sequence[Tensor]],
 ) -> Report:
-    """Count everything. `positions`: for each parameter's id, its layer's output positions for one example."""
+    """Count everything. `positions`: for each parameter's id, its layer's output positions for one
+    example.
+    """
     tasks = list(tasks)
     rows = tuple(_row(task, positions, started.get(task.name, ())) for task in tasks)
     owned = {name for task in tasks for name in task.names}
@@ -220,10 +228,11 @@ def _error(started: Sequence[Tensor], delta: Sequence[Tensor]) -> float | None:
 
 
 def measure_positions(model: nn.Module, example_inputs: Any = None) -> dict[int, int]:
-    """Output positions of one example for each weight of a linear or convolution layer, by the parameter's id.
+    """Output positions of one example for each weight of a linear or convolution layer, by the
+    parameter's id.
 
-    A linear layer has one unless the examples show more (a sequence); convolutions need `example_inputs`: a tensor or a tuple of
-    arguments, with the batch as first axis.
+    A linear layer has one unless the examples show more (a sequence); convolutions need
+    `example_inputs`: a tensor or a tuple of arguments, with the batch as first axis.
     """
     inner = unwrap(model)
     counts = {id(m.weight): 1 for m in inner.modules() if isinstance(m, nn.Linear)}

@@ -1,6 +1,7 @@
 """Sorting and selection, deterministic and as fast as the device has them.
 
-On the CPU numpy's vectorised `sort` and `partition` are 5 to 60 times faster than torch's; on CUDA torch's stay on the device.
+On the CPU numpy's vectorised `sort` and `partition` are 5 to 60 times faster than torch's; on CUDA
+torch's stay on the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ def sort_rows(x: Tensor) -> Tensor:
 
 
 def argsort_rows(x: Tensor) -> Tensor:
-    """Positions that sort each row of `x` (rows, n) in ascending order; equal values keep their order."""
+    """Positions that sort each row of `x` (rows, n) in ascending order; equal values keep their
+    order.
+    """
     return torch.argsort(x, dim=-1, stable=True)
 
 
@@ -34,7 +37,9 @@ def extremes(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def largest(score: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` largest entries of `score`; among equal ones the first in memory order win."""
+    """Boolean mask of the `count` largest entries of `score`; among equal ones the first in memory
+    order win.
+    """
     flat = score.reshape(-1)
     n = flat.numel()
     if count <= 0:

@@ -1,7 +1,8 @@
 """A part: a set of representable weights and the projection onto it. Read this file first.
 
-A part is a frozen bundle of hyper-parameters. Its state θ is a value: it goes into `solve` as a warm start and comes out as the
-solution. `Δ(θ)` is `part.reconstruct(state)`. Everything else in the library (sums, the LC loop, files, reports) is built on these verbs.
+A part is a frozen bundle of hyper-parameters. Its state θ is a value: it goes into `solve` as a
+warm start and comes out as the solution. `Δ(θ)` is `part.reconstruct(state)`. Everything else in
+the library (sums, the LC loop, files, reports) is built on these verbs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Ops:
 
 
 class Coding(ABC):
-    """How one array is written: a value. `bits(data)` is what `pack(data)` fills, before padding to a byte."""
+    """How one array is written: a value. `bits(data)` is what `pack(data)` fills, before padding to
+    a byte.
+    """
 
     @abstractmethod
     def bits(self, data: Tensor) -> int:
@@ -52,8 +55,9 @@ class Coding(ABC):
 class Field:
     """One stored array and the coding that writes it.
 
-    `per_weight` says that `data` has one entry for each weight, in the weights' own shape. A composition that keeps only some of the
-    weights (`Sparse(...).then(...)`) then stores only theirs.
+    `per_weight` says that `data` has one entry for each weight, in the weights' own shape. A
+    composition that keeps only some of the weights (`Sparse(...).then(...)`) then stores only
+    theirs.
     """
 
     data: Tensor
@@ -64,7 +68,8 @@ class Field:
 class Part(ABC, Generic[State]):
     """A set of representable weights {Δ(θ)} and its projection.
 
-    Subclasses are frozen dataclasses of hyper-parameters (compared by value) and are not subclassed again: to tweak one, wrap it.
+    Subclasses are frozen dataclasses of hyper-parameters (compared by value) and are not subclassed
+    again: to tweak one, wrap it.
     """
 
     @property
@@ -79,7 +84,9 @@ class Part(ABC, Generic[State]):
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Fields of the state that are still continuous: what `then` compresses further and `refine` trains."""
+        """Fields of the state that are still continuous: what `then` compresses further and
+        `refine` trains.
+        """
         return ()
 
     @abstractmethod
@@ -90,7 +97,9 @@ class Part(ABC, Generic[State]):
 
     @abstractmethod
     def reconstruct(self, state: State) -> Tensor:
-        """Δ(θ): shape, dtype and device of the projected `w`; differentiable in the `free` fields."""
+        """Δ(θ): shape, dtype and device of the projected `w`; differentiable in the
+        `free` fields.
+        """
 
     @abstractmethod
     def encode(self, state: State) -> dict[str, Field]:
@@ -105,7 +114,9 @@ class Part(ABC, Generic[State]):
         """Operations to apply Δ(θ) to `positions` input vectors."""
 
     def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        """Shapes of the `free` fields for weights of this shape; `arrays` are the other fields, as `decode` gets them."""
+        """Shapes of the `free` fields for weights of this shape; `arrays` are the other fields, as
+        `decode` gets them.
+        """
         raise TypeError(f"{self} does not say which shapes its fields {self.free} have.")
 
     def penalty(self, state: State) -> float:
@@ -113,7 +124,9 @@ class Part(ABC, Generic[State]):
         return 0.0
 
     def admits(self, state: State) -> bool:
-        """Whether `state` satisfies this part's constraints; one that does not only serves as a start."""
+        """Whether `state` satisfies this part's constraints; one that does not only serves as a
+        start.
+        """
         return True
 
     def tunable(self, state: State) -> dict[str, Tensor]:
@@ -149,13 +162,16 @@ class Part(ABC, Generic[State]):
 
         Args:
             w: floating-point weights, finite, not empty. Left untouched; no graph is recorded.
-            warm: a state of the same shape to start from. An admissible one is kept if the new state is not better.
-            mu: weight of the distance, > 0. Needed by penalty forms only; constraint forms ignore it.
+            warm: a state of the same shape to start from. An admissible one is kept if the new
+            state is not better.
+            mu: weight of the distance, > 0. Needed by penalty forms only; constraint forms ignore
+            it.
             importance: non-negative weights that broadcast to `w`; `None` counts every weight as 1.
 
         Raises:
             TypeError: `w` is not a floating-point tensor.
-            ValueError: `w` or `importance` is empty, not finite, negative or of the wrong shape; `mu` is missing or not positive.
+            ValueError: `w` or `importance` is empty, not finite, negative or of the wrong shape;
+                `mu` is missing or not positive.
         """
         check_weights(self, w, importance, mu)
         with torch.no_grad():
@@ -180,7 +196,9 @@ class Part(ABC, Generic[State]):
         mu: float | None = None,
         importance: Tensor | None = None,
     ) -> float:
-        """μ/2 Σ importance·(w − Δ(θ))² + penalty(θ), summed in float64; μ = 1 where none is given."""
+        """μ/2 Σ importance·(w − Δ(θ))² + penalty(θ), summed in float64; μ = 1 where none
+        is given.
+        """
         error = squared_error(w, self.reconstruct(state), importance)
         return (1.0 if mu is None else mu) / 2 * error + self.penalty(state)
 
@@ -220,7 +238,8 @@ def working(w: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor, dtype: torch.dtype, value_dtype: torch.dtype | None) -> Tensor:
-    """The nearest values that both `dtype` (of the weights) and `value_dtype` (of the file) can hold, in `dtype`.
+    """The nearest values that both `dtype` (of the weights) and `value_dtype` (of the file) can
+    hold, in `dtype`.
 
     Values beyond the largest finite number are clamped to it: that is the nearest one.
     """
@@ -236,7 +255,8 @@ def check_value_dtype(part: object, value_dtype: torch.dtype | None) -> None:
     allowed = (None, torch.float64, torch.float32, torch.float16, torch.bfloat16)
     if value_dtype not in allowed:
         raise ValueError(
-            f"{type(part).__name__}: value_dtype must be float16, bfloat16, float32, float64 or None (that of the weights), "
+            f"{type(part).__name__}: value_dtype must be float16, bfloat16, float32, float64 or "
+            "None (that of the weights), "
             f"got {value_dtype}."
         )
 
@@ -264,7 +284,8 @@ def check_weights(
         expanded = None
     if expanded != w.shape:
         raise ValueError(
-            f"{part}: importance of shape {tuple(importance.shape)} does not broadcast to the weights' {tuple(w.shape)}."
+            f"{part}: importance of shape {tuple(importance.shape)} does not broadcast to the "
+            f"weights' {tuple(w.shape)}."
         )
     if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
         raise ValueError(f"{part}: importance must be finite and non-negative.")

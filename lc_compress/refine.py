@@ -1,4 +1,6 @@
-"""Training the continuous fields of θ (scales, values, factors, codebooks) with the structure (signs, supports, codes) fixed."""
+"""Training the continuous fields of θ (scales, values, factors, codebooks) with the structure
+(signs, supports, codes) fixed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def refining(
     tasks: Sequence[Task],
     make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
 ) -> Iterator[Optimizer]:
-    """The model holds Δ(θ); gradients of its weights are passed on to θ, and each optimizer step rebuilds Δ(θ). See `LC.refine`."""
+    """The model holds Δ(θ); gradients of its weights are passed on to θ, and each optimizer step
+    rebuilds Δ(θ). See `LC.refine`.
+    """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "refine() does not support DistributedDataParallel: pass the module itself."
@@ -61,7 +65,9 @@ def refining(
 
 
 def _passer(task: Task, fields: dict[str, nn.Parameter], index: int) -> Callable[[Tensor], None]:
-    """Moves the gradient of the index-th weight tensor to the fields, adding up as autograd does."""
+    """Moves the gradient of the index-th weight tensor to the fields, adding up as
+    autograd does.
+    """
 
     def move(p: Tensor) -> None:
         gradient, p.grad = p.grad, None

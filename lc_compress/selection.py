@@ -1,4 +1,6 @@
-"""Which tensors of a model belong to which task: patterns to names, with every ambiguity an error."""
+"""Which tensors of a model belong to which task: patterns to names, with every ambiguity
+an error.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ Pattern: TypeAlias = str | Callable[[str, Tensor], bool]
 
 @dataclass(frozen=True)
 class Joint:
-    """One task of all the tensors that a pattern matches: one codebook, one budget or one scale for them together.
+    """One task of all the tensors that a pattern matches: one codebook, one budget or one scale for
+    them together.
 
-    The part sees the tensors, in the model's order, as one vector; `each(part)` inside it keeps one state per tensor.
+    The part sees the tensors, in the model's order, as one vector; `each(part)` inside it keeps one
+    state per tensor.
     """
 
     pattern: Pattern | tuple[Pattern, ...]
@@ -33,7 +37,9 @@ Key: TypeAlias = Pattern | Joint
 
 @dataclass(frozen=True)
 class Selected:
-    """A task before it has a state: its name, its part, and the model's tensors it owns, by name."""
+    """A task before it has a state: its name, its part, and the model's tensors it owns,
+    by name.
+    """
 
     name: str
     part: Part[Any]
@@ -57,7 +63,9 @@ def clean(name: str) -> str:
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """The model's parameters by their first name, and for each further name of a tied one its first."""
+    """The model's parameters by their first name, and for each further name of a tied one its
+    first.
+    """
     first: dict[int, str] = {}
     parameters: dict[str, nn.Parameter] = {}
     aliases: dict[str, str] = {}
@@ -74,14 +82,17 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, 
 def select(model: nn.Module, tasks: Mapping[Key, Part[Any]]) -> list[Selected]:
     """Resolve patterns to tensors.
 
-    A string is an exact name, a glob, or `re:` and a regular expression for the whole name; a function takes (name, tensor). Exact
-    names win over globs and expressions, those over functions. Globs, expressions and functions see tensors of two axes or more: biases
-    and normalization scales are compressed only by exact name. A tied tensor answers to each of its names and is compressed once.
+    A string is an exact name, a glob, or `re:` and a regular expression for the whole name; a
+    function takes (name, tensor). Exact names win over globs and expressions, those over functions.
+    Globs, expressions and functions see tensors of two axes or more: biases and normalization
+    scales are compressed only by exact name. A tied tensor answers to each of its names and is
+    compressed once.
 
     Raises:
         TypeError: a key is no pattern, a value no part.
-        ValueError: a pattern matches nothing, or nothing that a more specific one leaves; two equally specific patterns match one tensor;
-            a tensor cannot be compressed (its name, and why).
+        ValueError: a pattern matches nothing, or nothing that a more specific one leaves; two
+            equally specific patterns match one tensor; a tensor cannot be compressed (its name, and
+            why).
     """
     if not isinstance(tasks, Mapping) or not tasks:
         raise ValueError("LC needs at least one task: {pattern: part, ...}.")
@@ -103,7 +114,8 @@ def select(model: nn.Module, tasks: Mapping[Key, Part[Any]]) -> list[Selected]:
     for name, (_, keys) in claims.items():
         if len(keys) > 1:
             raise ValueError(
-                f"Two equally specific patterns match {name!r}: {_show(keys[0])} and {_show(keys[1])}. Name it exactly."
+                f"Two equally specific patterns match {name!r}: {_show(keys[0])} and "
+                f"{_show(keys[1])}. Name it exactly."
             )
     selected = []
     for key, part in tasks.items():
@@ -187,7 +199,8 @@ def _check_tensors(own: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.
             other = memory.setdefault(p.data_ptr(), name)
             if other != name and (name in own or other in own):
                 raise ValueError(
-                    f"{name!r} and {other!r} are different parameters in the same memory. Tie them as one parameter."
+                    f"{name!r} and {other!r} are different parameters in the same memory. Tie "
+                    "them as one parameter."
                 )
 
 
@@ -213,7 +226,9 @@ def _check_tensor(name: str, p: nn.Parameter) -> None:
 
 
 def _check_grouped(model: nn.Module, selected: list[Selected]) -> None:
-    """A low-rank factor mixes the inputs of all outputs, which a grouped convolution keeps apart."""
+    """A low-rank factor mixes the inputs of all outputs, which a grouped convolution
+    keeps apart.
+    """
     groups = {
         id(module.weight): module.groups
         for module in unwrap(model).modules()
@@ -225,7 +240,8 @@ def _check_grouped(model: nn.Module, selected: list[Selected]) -> None:
         for name, p in task.tensors.items():
             if groups.get(id(p), 1) > 1:
                 raise ValueError(
-                    f"{name!r} belongs to a grouped convolution (groups={groups[id(p)]}), which {task.part} cannot factor: "
+                    f"{name!r} belongs to a grouped convolution (groups={groups[id(p)]}), which "
+                    f"{task.part} cannot factor: "
                     f"its outputs do not share their inputs. Use parts without low rank there."
                 )
 

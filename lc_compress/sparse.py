@@ -16,7 +16,9 @@ from .part import Field, Ops, Part, check_value_dtype, rounded, working
 
 @dataclass(frozen=True, eq=False)
 class SparseState:
-    """positions (k,) int64, ascending, into the flattened weights; values (k,) in their dtype; shape of the weights."""
+    """positions (k,) int64, ascending, into the flattened weights; values (k,) in their dtype;
+    shape of the weights.
+    """
 
     positions: Tensor
     values: Tensor
@@ -24,7 +26,9 @@ class SparseState:
 
 
 def gains(w: Tensor, importance: Tensor | None, value_dtype: torch.dtype | None) -> Tensor:
-    """h (w² − (w − r)²): by how much storing r = round(w) instead of 0 lowers the squared error, in float64."""
+    """h (w² − (w − r)²): by how much storing r = round(w) instead of 0 lowers the squared error, in
+    float64.
+    """
     x = w.double()
     r = x if value_dtype is None else rounded(w, w.dtype, value_dtype).double()
     gain = r * (2 * x - r)
@@ -49,7 +53,9 @@ class SparseForm(Part[SparseState]):
         return ("values",)
 
     def keep(self, w: Tensor, mask: Tensor) -> SparseState:
-        """The state with `w`'s values where `mask` holds; zeros are not stored, they would gain nothing."""
+        """The state with `w`'s values where `mask` holds; zeros are not stored, they would gain
+        nothing.
+        """
         values = rounded(w, w.dtype, self.value_dtype).reshape(-1)
         positions = torch.nonzero(mask.reshape(-1) & (values != 0)).reshape(-1)
         return SparseState(positions, values[positions], w.shape)
@@ -83,15 +89,17 @@ class Sparse(SparseForm):
     """At most a given number of weights that are not zero, each stored exactly.
 
     Solves   min Σ h (w − θ)²   s.t. ‖θ‖₀ ≤ κ
-    exactly, by keeping the κ largest |w| (with importance, the largest h w²; with a `value_dtype`, the largest gain after rounding).
-    Among equal weights the first in memory order are kept (papers/learning-compression.md, section 3, l0 constraint).
+    exactly, by keeping the κ largest |w| (with importance, the largest h w²; with a `value_dtype`,
+    the largest gain after rounding). Among equal weights the first in memory order are kept
+    (papers/learning-compression.md, section 3, l0 constraint).
 
     Args: exactly one of
         nonzeros: κ, at least 0; more than there are weights keeps all.
         density: κ as a share of the weights, in [0, 1], rounded to the nearest count.
     and value_dtype: how values are stored; None: in the weights' dtype.
 
-    Cost: O(N) selection. Stores the values and the cheapest of a bitmap and gap-coded positions. Applies in κ multiplications.
+    Cost: O(N) selection. Stores the values and the cheapest of a bitmap and gap-coded positions.
+        Applies in κ multiplications.
 
     Raises:
         ValueError: not exactly one budget, a negative count, or a density outside [0, 1].
@@ -105,7 +113,8 @@ class Sparse(SparseForm):
         check_value_dtype(self, self.value_dtype)
         if (self.nonzeros is None) == (self.density is None):
             raise ValueError(
-                f"Sparse needs exactly one budget, nonzeros or density, got {self.nonzeros} and {self.density}."
+                f"Sparse needs exactly one budget, nonzeros or density, got {self.nonzeros} and "
+                f"{self.density}."
             )
         if self.nonzeros is not None and self.nonzeros < 0:
             raise ValueError(f"Sparse(nonzeros={self.nonzeros}): nonzeros must be >= 0.")
@@ -135,8 +144,8 @@ class SparsePenalty(SparseForm):
     """Sparse weights at a price per weight.
 
     Solves   min  μ/2 Σ h (w − θ)² + α ‖θ‖₀
-    exactly, by hard thresholding: w is kept where μ/2 · h w² > α, so |w| > √(2α/μ) without importance
-    (papers/learning-compression.md, section 3, l0 penalty).
+    exactly, by hard thresholding: w is kept where μ/2 · h w² > α, so |w| > √(2α/μ) without
+    importance (papers/learning-compression.md, section 3, l0 penalty).
 
     Args:
         alpha: price of one stored weight, >= 0, in units of the loss.
@@ -145,7 +154,8 @@ class SparsePenalty(SparseForm):
     Cost: O(N).
 
     Raises:
-        ValueError: `alpha` is negative or not finite; `project` was called without `mu`, which a penalty is weighed against.
+        ValueError: `alpha` is negative or not finite; `project` was called without `mu`, which a
+            penalty is weighed against.
     """
 
     alpha: float
@@ -161,7 +171,8 @@ class SparsePenalty(SparseForm):
     ) -> SparseState:
         if mu is None:
             raise ValueError(
-                f"SparsePenalty(alpha={self.alpha}) weighs a penalty against the distance to w, so `project` needs `mu`."
+                f"SparsePenalty(alpha={self.alpha}) weighs a penalty against the distance to w, "
+                "so `project` needs `mu`."
             )
         return self.keep(w, gains(w, importance, self.value_dtype) * (mu / 2) > self.alpha)
 

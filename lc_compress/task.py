@@ -1,4 +1,6 @@
-"""One task of a run: tensors of the model, the part they become, and what the LC algorithm knows of them (θ, Δ(θ), λ)."""
+"""One task of a run: tensors of the model, the part they become, and what the LC algorithm knows of
+them (θ, Δ(θ), λ).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ class Task:
     """State of one task. Weights are read and written through the model's own parameters.
 
     names, parameters: the tensors, one unless the task is joint.
-    state: θ.   delta: Δ(θ), one tensor per parameter, in its memory format.   multipliers: λ, likewise.
+    state: θ.
+    delta: Δ(θ), one tensor per parameter, in its memory format.
+    multipliers: λ, likewise.
     weights: w where the parameters hold Δ(θ) instead (straight-through), else None.
     """
 
@@ -76,7 +80,8 @@ class Task:
             return self.part.project(target, self.state, mu=mu or None)
         except Exception as cause:
             raise RuntimeError(
-                f"C step failed for {self.name}, shape {tuple(self.shape)}, with {self.part}, mu={mu:g}: {cause}"
+                f"C step failed for {self.name}, shape {tuple(self.shape)}, with {self.part}, "
+                f"mu={mu:g}: {cause}"
             ) from cause
 
     @torch.no_grad()
@@ -131,7 +136,8 @@ class Task:
         for key, expected in own.items():
             if saved.get(key) != expected:
                 raise ValueError(
-                    f"The state is of another model or plan: {self.name} has {key} {expected}, the state {saved.get(key)}."
+                    f"The state is of another model or plan: {self.name} has {key} {expected}, "
+                    f"the state {saved.get(key)}."
                 )
         if (saved["weights"] is None) != (self.weights is None):
             raise ValueError(f"The state of {self.name} was made with another `gradient`.")

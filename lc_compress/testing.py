@@ -288,6 +288,11 @@ def partial_importance(w: Tensor) -> Tensor:
     return random_importance(w) * counts.to(w.device)
 
 
+def suitable_importance(case: Case, w: Tensor) -> Tensor:
+    """With zeros if the part is exact; weights that do not count make local solvers very slow."""
+    return partial_importance(w) if case.part.exact_weighted else random_importance(w)
+
+
 def neighbours(w: Tensor) -> list[Tensor]:
     """Other weights of the same size: moved a little, and unrelated."""
     noise = gaussian(tuple(w.shape), generator(3)).to(w.device)
@@ -374,7 +379,7 @@ def is_idempotent(case: Case, w: Tensor) -> bool:
 
 def never_raises_objective(case: Case, w: Tensor) -> bool:
     """objective(w', project(w', θ)) ≤ objective(w', θ); the bare `solve` too where it is exact."""
-    for importance in (None, partial_importance(w)):
+    for importance in (None, suitable_importance(case, w)):
         state = Problem(case, w, importance).project()
         for moved in neighbours(w):
             problem = Problem(case, moved, importance)
@@ -394,7 +399,7 @@ def is_orthogonal_to_its_error(case: Case, w: Tensor) -> bool:
     """⟨w − Δ, Δ⟩ = 0 for cones, hence ‖w‖² = ‖Δ‖² + ‖w − Δ‖²; weighted where exact."""
     if not case.cone:
         return False
-    for importance in (None, partial_importance(w)):
+    for importance in (None, suitable_importance(case, w)):
         problem = Problem(case, w, importance)
         if importance is not None and not problem.certain:
             continue
@@ -493,11 +498,13 @@ def stores_what_it_counts(case: Case, w: Tensor) -> bool:
 
 
 def is_block_stationary(case: Case, w: Tensor) -> bool:
-    """No term of a `Sum` improves on what the others leave; called through `solve`, cold and warm."""
+    """No term of a `Sum` improves on what the others leave; called through `solve`, cold
+    and warm.
+    """
     part = case.part
     if not isinstance(part, Sum):
         return False
-    for importance in (None, partial_importance(w)):
+    for importance in (None, suitable_importance(case, w)):
         problem = Problem(case, w, importance)
         cold = problem.solve()
         moved = Problem(case, neighbours(w)[0], importance)
@@ -612,7 +619,9 @@ def counts_operations(case: Case, w: Tensor) -> bool:
 
 
 def refuses_bad_input(case: Case, w: Tensor) -> bool:
-    """What no projection is defined for raises `ValueError` or `TypeError`, never a quiet result."""
+    """What no projection is defined for raises `ValueError` or `TypeError`, never a quiet
+    result.
+    """
     spoiled = w.clone()
     spoiled[(0,) * w.dim()] = float("nan")
     infinite = w.clone()
@@ -644,7 +653,7 @@ def refuses_bad_input(case: Case, w: Tensor) -> bool:
 
 def admits_its_states(case: Case, w: Tensor) -> bool:
     """What `solve` and `project` return satisfies the part's own constraints."""
-    plain, weighted = Problem(case, w), Problem(case, w, partial_importance(w))
+    plain, weighted = Problem(case, w), Problem(case, w, suitable_importance(case, w))
     cold = plain.solve()
     for state in (cold, plain.project(cold), weighted.solve(cold)):
         expect(case.part.admits(state) is True, "the part does not admit its own state")

@@ -1,4 +1,6 @@
-"""How a part sees a tensor. Every view only rearranges entries, so distances, and with them projections, stay the same."""
+"""How a part sees a tensor. Every view only rearranges entries, so distances, and with them
+projections, stay the same.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,9 @@ class Vector(View):
 class Matrix(View):
     """The first `rows` axes as rows, the others as columns.
 
-    `Matrix()` is scheme 1 for convolutions: (out, in, kh, kw) becomes out × (in·kh·kw), which factors into a convolution with `rank`
-    filters and a 1×1 convolution. A linear weight stays as it is.
+    `Matrix()` is scheme 1 for convolutions: (out, in, kh, kw) becomes out × (in·kh·kw), which
+    factors into a convolution with `rank` filters and a 1×1 convolution. A linear weight stays as
+    it is.
     """
 
     rows: int = 1
@@ -63,7 +66,8 @@ class Matrix(View):
     def shape(self, shape: torch.Size) -> torch.Size:
         if len(shape) <= self.rows:
             raise ValueError(
-                f"Matrix(rows={self.rows}) needs a tensor of more than {self.rows} axes, got shape {tuple(shape)}."
+                f"Matrix(rows={self.rows}) needs a tensor of more than {self.rows} axes, got "
+                f"shape {tuple(shape)}."
             )
         return torch.Size((math.prod(shape[: self.rows]), math.prod(shape[self.rows :])))
 
@@ -72,7 +76,8 @@ class Matrix(View):
 class KernelMatrix(View):
     """Scheme 2 for convolutions: (out, in, kh, kw) becomes (out·kh) × (in·kw).
 
-    A rank-r matrix is then a pair of convolutions with r channels between them and kernels 1×kw and kh×1.
+    A rank-r matrix is then a pair of convolutions with r channels between them and kernels 1×kw and
+    kh×1.
     """
 
     def show(self, w: Tensor) -> Tensor:
@@ -86,6 +91,7 @@ class KernelMatrix(View):
     def shape(self, shape: torch.Size) -> torch.Size:
         if len(shape) != 4:
             raise ValueError(
-                f"KernelMatrix splits two-dimensional kernels, (out, in, height, width), got shape {tuple(shape)}. Use Matrix()."
+                "KernelMatrix splits two-dimensional kernels, (out, in, height, width), got "
+                f"shape {tuple(shape)}. Use Matrix()."
             )
         return torch.Size((shape[0] * shape[2], shape[1] * shape[3]))

@@ -42,13 +42,17 @@ def test_alternation_stays_stuck_where_the_joint_step_does_not(share: float, fac
 
 def test_golden_values_of_a_large_layer() -> None:
     """Published with the timings of the older toolkit (papers/learning-compression.md, section 8)."""
-    w = torch.from_numpy(np.random.default_rng(0).normal(0, 0.05, (512, 512, 3, 3)).astype(np.float32))
+    w = torch.from_numpy(
+        np.random.default_rng(0).normal(0, 0.05, (512, 512, 3, 3)).astype(np.float32)
+    )
     assert squared_error(w, torch.zeros_like(w)) == pytest.approx(5895.8102, abs=1e-4)
     part = Binary() + Sparse(nonzeros=117_965)
     state = part.project(w)
     assert 2 * part.objective(w, state) == pytest.approx(1371.7421809430, rel=1e-9)
     assert float(state[0].scale) == pytest.approx(0.0358260845752, rel=1e-7)
-    assert float(w.flatten()[state[1].positions].abs().min()) > 0.0358260845752  # no small weight dropped
+    assert (
+        float(w.flatten()[state[1].positions].abs().min()) > 0.0358260845752
+    )  # no small weight dropped
 
 
 def test_written_order_does_not_matter() -> None:
