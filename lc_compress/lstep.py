@@ -154,30 +154,30 @@ def fill_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 class PenaltyHook(Hook):
-    """Adds μ (w − Δ(θ)) − λ to the gradient of w: two fused passes over the weights, no graph."""
+    """Adds μ (w − Δ(θ)) − λ to the gradient of w: fused passes over the weights, no graph."""
 
     @torch.no_grad()
     def begin(self, mu: float) -> None:
         self.mu = mu
         self._parameters = [p for task in self.tasks for p in task.parameters]
-        self._pulls = [
-            delta * mu + multiplier
-            for task in self.tasks
-            for delta, multiplier in zip(task.delta, task.multipliers, strict=True)
-        ]
+        self._deltas = [delta for task in self.tasks for delta in task.delta]
+        self._multipliers = [x for task in self.tasks for x in task.multipliers]
 
     @torch.no_grad()
     def before(self) -> None:
         fill_gradients(self._parameters)
         active = [
-            (p, p.grad, pull)
-            for p, pull in zip(self._parameters, self._pulls, strict=True)
+            (p, p.grad, delta, multiplier)
+            for p, delta, multiplier in zip(
+                self._parameters, self._deltas, self._multipliers, strict=True
+            )
             if p.grad is not None
         ]
         if active:
-            parameters, grads, pulls = map(list, zip(*active, strict=True))
-            torch._foreach_add_(grads, parameters, alpha=self.mu)
-            torch._foreach_sub_(grads, pulls)
+            parameters, grads, deltas, multipliers = map(list, zip(*active, strict=True))
+            distances = torch._foreach_sub(parameters, deltas)  # first, as μw and μΔ would cancel
+            torch._foreach_add_(grads, distances, alpha=self.mu)
+            torch._foreach_sub_(grads, multipliers)
 
     def after(self) -> None:
         pass

@@ -21,7 +21,7 @@ class Task:
     names, parameters: the tensors, one unless the task is joint.
     state: θ.
     delta: Δ(θ), one tensor per parameter, in its memory format.
-    multipliers: λ, likewise.
+    multipliers: λ, likewise; in float32 for half-precision weights, where small steps vanish.
     weights: w where the parameters hold Δ(θ) instead (straight-through), else None.
     """
 
@@ -32,7 +32,7 @@ class Task:
         self.parameters: tuple[nn.Parameter, ...] = tuple(selected.tensors.values())
         self.state: Any = None
         self.delta: tuple[Tensor, ...] = ()
-        self.multipliers = tuple(torch.zeros_like(p, requires_grad=False) for p in self.parameters)
+        self.multipliers = tuple(torch.zeros_like(working(p.detach())) for p in self.parameters)
         self.weights: tuple[Tensor, ...] | None = None
 
     @property
@@ -94,7 +94,7 @@ class Task:
     def step_multipliers(self, mu: float) -> None:
         """λ ← λ − μ (w − Δ(θ))."""
         for multiplier, w, delta in zip(self.multipliers, self.current, self.delta, strict=True):
-            multiplier.sub_(w - delta, alpha=mu)
+            multiplier.sub_(working(w) - working(delta), alpha=mu)
 
     @torch.no_grad()
     def show_delta(self) -> None:

@@ -498,9 +498,7 @@ def stores_what_it_counts(case: Case, w: Tensor) -> bool:
 
 
 def is_block_stationary(case: Case, w: Tensor) -> bool:
-    """No term of a `Sum` improves on what the others leave; called through `solve`, cold
-    and warm.
-    """
+    """No term of a `Sum` improves on what the others leave, after a cold and a warm `solve`."""
     part = case.part
     if not isinstance(part, Sum):
         return False
@@ -619,9 +617,7 @@ def counts_operations(case: Case, w: Tensor) -> bool:
 
 
 def refuses_bad_input(case: Case, w: Tensor) -> bool:
-    """What no projection is defined for raises `ValueError` or `TypeError`, never a quiet
-    result.
-    """
+    """What no projection is defined for raises `ValueError` or `TypeError`: no quiet result."""
     spoiled = w.clone()
     spoiled[(0,) * w.dim()] = float("nan")
     infinite = w.clone()

@@ -1,4 +1,4 @@
-"""THE table: every part configuration with the facts stated about it, and the brute force behind them.
+"""THE table: every part configuration with its declared facts, and the brute force behind them.
 
 A new part is a new row. Each row runs through every property of `lc_compress.testing`.
 """

@@ -1,4 +1,4 @@
-"""Every property of the contract on every row of the table; and broken parts, which it must catch."""
+"""Every property of the contract on every row of the table; and broken parts, all caught."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class SignState:
 
 @dataclass(frozen=True)
 class Sign(Part[SignState]):
-    """A part from outside the library, correct: {−a, a}. The broken ones below change one thing each."""
+    """A correct part from outside the library, {−a, a}. The broken ones change one thing each."""
 
     @property
     def exact(self) -> bool:
@@ -250,7 +250,7 @@ class Positional(Sign):
 
 @dataclass(frozen=True)
 class WrongThreshold(Part[SparseState]):
-    """A penalty form that keeps w² > α/μ instead of 2α/μ: self-consistent in every other respect."""
+    """A penalty form that keeps w² > α/μ instead of 2α/μ: consistent in every other respect."""
 
     alpha: float
 
@@ -364,7 +364,7 @@ def test_a_broken_part_is_caught(part: Part[Any], caught_by: str, facts: dict[st
     ids=["WrongThreshold", "OneSweep"],
 )
 def test_what_only_one_property_sees(part: Part[Any], facts: dict[str, Any], only: str) -> None:
-    """The two mistakes that all other properties let pass: why brute force and stationarity exist."""
+    """Two mistakes that all other properties let pass: why brute force and stationarity exist."""
     for check in PROPERTIES:
         if check.__name__ != only:
             check_property(check, Case(part, **facts))

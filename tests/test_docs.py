@@ -131,7 +131,7 @@ def sum_gap(lc: LC) -> float:
 
 
 def test_readme(yours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learning beats direct compression, and the third-party part passes the contract, adds up and trains."""
+    """Learning beats direct compression; the third-party part passes the contract and trains."""
     module = run("README.md", yours, monkeypatch)
     assert module.learned < module.direct
 
@@ -219,6 +219,40 @@ def test_tables_without_results(tables: Any, tmp_path: Path) -> None:
         assert re.search(rf"^Not measured yet: run `.*{name}\.py.*`\.$", bare, re.MULTILINE)
     with pytest.raises(ValueError, match="digits table"):
         tables.filled("no markers", tmp_path)
+
+
+def test_tables_with_results(tables: Any, tmp_path: Path) -> None:
+    size = {"bits_per_weight": 1.234, "ratio_float32": 25.94}
+    errors = {"direct_error_mean": 40.0, "direct_error_std": 2.0, "lc_error_std": 0.1} | size
+    for name, way, error in (("digits", "sum", 1.5), ("digits_weights", "weights", 2.5)):
+        schemes = {"binary": errors | {"lc_error_mean": error}}
+        result = {"seeds": [0, 1], "reference_error_mean": 1.0, "reference_error_std": 0.5}
+        content = {"config": {"gradient": way}, "result": result | {"schemes": schemes}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    run = {"reference_error": 8.27, "direct_error_reference_batchnorm": 88.0, "direct_error": 40.9}
+    run |= {"seeds": [0], "epochs": 8, "lc_error_mean": 15.0, "lc_error_std": 0.0}
+    (tmp_path / "cifar_resnet20.json").write_text(json.dumps({"weights": run | size}))
+
+    (tmp_path / "digits.svg").touch()
+    assert tables.digits(tmp_path).splitlines() == [
+        "| test error, % | direct compression | LC, classic | LC, gradient at Δ(θ) "
+        "| bits per weight | ratio to float32 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| reference, not compressed | 1.00 ± 0.50 |  |  | 32.00 | 1.0 |",
+        "| binary | 40.00 ± 2.00 | 2.50 ± 0.10 | 1.50 ± 0.10 | 1.23 | 25.9 |",
+        "",
+        "Mean and standard deviation over 2 seeds; the last step counts.",
+        "",
+        f"![{tables.PLANE}](experiments/results/digits.svg)",
+    ]
+    assert tables.resnet20(tmp_path).splitlines()[2:] == [
+        "| reference, not compressed | 8.27 |  | 32.00 | 1.0 |",
+        "| direct compression | 40.90 |  | 1.23 | 25.9 |",
+        "| the same, BatchNorm of the reference | 88.00 |  | 1.23 | 25.9 |",
+        "| LC, classic | 15.00 | 8 | 1.23 | 25.9 |",
+        "",
+        "One seed; the last step counts.",
+    ]
 
 
 def test_links() -> None:

@@ -1,4 +1,4 @@
-"""Resume: killed at any instant and started again = never killed, bit for bit; what cannot be resumed is refused."""
+"""Resume: killed at any instant and started again = never killed, bit for bit; or refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import io
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ SETUPS = {
 
 
 class Run:
-    """A model, its optimizer, scheduler, scaler, loader and LC: what a script makes when it starts."""
+    """What a script makes when it starts: model, optimizer, scheduler, scaler, loader and LC."""
 
     def __init__(
         self, setup: Setup, seed: int = 0, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
@@ -130,7 +132,7 @@ class Run:
                 loss = loss + self.lc.penalty()
             if not self.setup.amp:
                 loss.backward()
-                self.optimizer.step()  # five steps a body: odd, so that `every=2` runs across bodies
+                self.optimizer.step()  # five a body: odd, so that `every=2` runs across bodies
                 self.optimizer.zero_grad()
                 continue
             self.scaler.scale(loss).backward()
@@ -295,14 +297,13 @@ def test_next_c_step_from_a_stored_state_is_the_same() -> None:
         if w.dim() == 4:
             w = w.contiguous(memory_format=torch.channels_last)
         state = part.project(w, mu=case.mu)
-        for _ in range(1):
-            stored = through_file({n: f.data for n, f in part.encode(state).items()})
-            read = part.decode(stored, w.shape, w.dtype)
-            assert difference(part.reconstruct(state), part.reconstruct(read)) is None, part
-            w = w + 0.1 * torch.randn(w.shape, generator=g)
-            state, again = (part.project(w, warm, mu=case.mu) for warm in (state, read))
-            fields = [{n: f.data for n, f in part.encode(s).items()} for s in (state, again)]
-            assert difference(*fields) is None, part
+        stored = through_file({n: f.data for n, f in part.encode(state).items()})
+        read = part.decode(stored, w.shape, w.dtype)
+        assert difference(part.reconstruct(state), part.reconstruct(read)) is None, part
+        w = w + 0.1 * torch.randn(w.shape, generator=g)
+        both = [part.project(w, warm, mu=case.mu) for warm in (state, read)]
+        fields = [{n: f.data for n, f in part.encode(s).items()} for s in both]
+        assert difference(*fields) is None, part
 
 
 def through_file(content: Any) -> Any:
@@ -559,7 +560,7 @@ def test_every_numpy_generator_is_restored(
     kind: Callable[[int], np.random.BitGenerator], tmp_path: Path
 ) -> None:
     run, noise = Run(SETUPS["classic"]), np.random.Generator(kind(0))
-    noise.standard_normal(3), noise.integers(5, dtype=np.int32)  # noqa: B018
+    noise.standard_normal(3), noise.integers(5, dtype=np.int32)
     next(run.lc.steps(progress=False, checkpoint=tmp_path / "run.pt", save={"noise": noise}))
     expected = noise.standard_normal(4), noise.integers(9, size=3, dtype=np.int32)
     other = np.random.Generator(kind(1))
@@ -604,9 +605,12 @@ def test_full_disk_leaves_the_last_checkpoint(
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Fresh processes without the seconds that importing torch takes each time."""
+    """Fresh processes that need not import torch each: forked from one that did nothing else."""
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "numpy", "pytest", "lc_compress.testing"])
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it does not inherit sys.path
+        forkserver.ensure_running()
     return context
 
 
