@@ -34,12 +34,13 @@ def _ranks() -> tuple[int, int]:
 
 def generators() -> dict[str, Any]:
     """The state of Python's, NumPy's, torch's and CUDA's global generators."""
+    version, words, gauss = random.getstate()
     state = np.random.get_state(legacy=True)
     assert isinstance(state, tuple)
     name, keys, position, has_gauss, cached = state
-    return {
-        "python": random.getstate(),
-        "numpy": (str(name), keys.tolist(), int(position), int(has_gauss), float(cached)),
+    return {  # the words as tensors: thousands of numbers would be slow to read
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -47,9 +48,10 @@ def generators() -> dict[str, Any]:
 
 def set_generators(saved: Mapping[str, Any]) -> None:
     """Restore what `generators` returned; CUDA's as far as there are devices."""
-    random.setstate(saved["python"])
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, position, has_gauss, cached = saved["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(saved["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda"][: torch.cuda.device_count()])

@@ -21,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 _TINY = 1e-300  # a divisor for a mass that cancelled to zero
 _GRID = 64  # positions per cluster on the coarsest grid
 _FINER = 8  # times as many on the next
+_TABLE = 1 << 14  # up to this many candidates a whole table is faster than the bisection
 _CHUNK = 1 << 16  # candidates evaluated at once: their temporaries stay in the cache
 
 
@@ -355,9 +356,16 @@ def _layer(
     lies between those of its neighbours one level up, and a level looks at no more candidates than
     there are t and i together.
     """
-    rows = high - low + 1
+    rows, columns = high - low + 1, previous.size
+    if rows * columns <= _TABLE:
+        t, i = np.arange(base, base + columns)[:, None], np.arange(low, high + 1)
+        with np.errstate(over="ignore"):  # where t > i
+            table = previous[:, None] + _cost(moments[:, t], moments[:, None, i])
+        table[t > i] = np.inf
+        choice = table.argmin(0)
+        return table[choice, np.arange(rows)], base + choice
     # row r stands for i = low − 1 + r; the ends hold the range of t
-    best = np.full(rows + 2, base + previous.size - 1)
+    best = np.full(rows + 2, base + columns - 1)
     best[0] = base
     least = np.empty(rows)
     step = 1 << (rows.bit_length() - 1)

@@ -304,10 +304,12 @@ SUMS = [
         brute=brute(scaled(-1, 0, 1), 3, nonzeros=3),
         brute_shape=SMALL,
     ),
-    Case(
-        KMeans(2) + Sparse(nonzeros=3),
-        symmetries=(rescale,),
-        brute=brute(centres(2), 2, nonzeros=3),
+    slow(
+        Case(
+            KMeans(2) + Sparse(nonzeros=3),
+            symmetries=(rescale,),
+            brute=brute(centres(2), 2, nonzeros=3),
+        )
     ),
     slow(Case(LowRank(1) + Sparse(nonzeros=5), symmetries=(rescale,))),
     slow(Case(Binary() + LowRank(2), symmetries=(rescale,))),

@@ -96,9 +96,10 @@ def test_the_coarse_grids_lose_nothing(
 ) -> None:
     assert callable(draw)
     for i in range(24):
-        # grids so coarse that a bound a little too tight shows, chunks so small that rows differ
+        # grids so coarse that a bound too tight shows, tables and chunks so small that all are used
         monkeypatch.setattr(module, "_GRID", 1 + i % 3)
         monkeypatch.setattr(module, "_FINER", 2 + i % 2)
+        monkeypatch.setattr(module, "_TABLE", 500 * (i // 12))
         monkeypatch.setattr(module, "_CHUNK", 1 + 5 * (i % 4))
         w, k = draw(generator), 2 + i % 5
         h = (2 * torch.randn(w.shape, generator=generator, dtype=torch.float64)).exp()

@@ -231,6 +231,27 @@ def test_a_c_step_in_the_body_is_seen_by_both_forms_and_replaces_the_last_one() 
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("gradient", ["weights", "sum"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_train_by_the_hooks(gradient: Any, dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    optimizer = plain(model.parameters())
+    lc = controller(model, optimizer, gradient=gradient, schedule=(0.5, 2.0))
+    for step in lc.steps(progress=False):
+        task = lc.tasks[0]
+        w, delta, multiplier = task.current[0].float(), task.delta[0].float(), task.multipliers[0]
+        assert bool(multiplier.any()) == (step.index == 1)
+        x, y = batches(1)[0]
+        optimizer.zero_grad()
+        loss_of(model, (x.to(dtype), y.to(dtype))).backward()
+        grad = model[0].weight.grad
+        assert grad is not None
+        expected = w - 0.1 * (grad.float() + step.mu * (w - delta) - multiplier)
+        optimizer.step()
+        assert task.current[0].dtype == dtype
+        torch.testing.assert_close(task.current[0].float(), expected, rtol=0.02, atol=0.002)
+
+
 # ------------------------------------------------------------------ the algorithm
 
 

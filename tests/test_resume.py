@@ -605,9 +605,9 @@ def test_full_disk_leaves_the_last_checkpoint(
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Fresh processes that need not import torch each: forked from one that did nothing else."""
+    """New processes that need not import torch each: forked from one that did nothing else."""
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # it does not inherit sys.path
         forkserver.ensure_running()

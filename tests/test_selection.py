@@ -372,7 +372,9 @@ def test_the_dtype_of_the_weights_is_kept(dtype: torch.dtype) -> None:
         lc.penalty().backward()
     assert lc.penalty().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for task in lc.tasks:
-        assert {x.dtype for x in (*task.delta, *task.multipliers, *task.parameters)} == {dtype}
+        assert {x.dtype for x in (*task.delta, *task.parameters)} == {dtype}
+        # sums of many small steps: half precisions would lose them
+        assert {x.dtype for x in task.multipliers} == {lc.penalty().dtype}
     lc.finalize(calibration=None)
     assert model.conv.weight.dtype == dtype and model.conv.weight.abs().unique().numel() == 1
 

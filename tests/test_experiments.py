@@ -1,0 +1,213 @@
+"""The experiment scripts run from end to end on a smoke setting, and say what they miss."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+ORIGIN = {"command", "config", "result", "commit", "source_sha256", "torch", "device"}
+
+
+def run(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, EXPERIMENTS / script, *map(str, options)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+    )
+
+
+def numbers(content: Any) -> Iterator[float]:
+    """Every number of a JSON file, however deep."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        for x in content:
+            yield from numbers(x)
+    elif isinstance(content, (int, float)):
+        yield content
+
+
+def read(path: Path, origin: set[str] = ORIGIN) -> dict[str, Any]:
+    """The result in a script's JSON, which says where it comes from; its numbers are finite."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content.keys() == origin
+    assert all(map(math.isfinite, numbers(content)))
+    result: dict[str, Any] = content["result"]
+    return result
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A script as a module, without running it."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module
+
+
+# ------------------------------------------------------------------ digits
+
+
+def test_digits(tmp_path: Path) -> None:
+    options = ("--smoke", "--quiet", "--batch", 32, "--seeds", 2, "--out", tmp_path / "new")
+    done = run("digits.py", *map(str, options))
+    assert done.stderr == ""
+    stem = tmp_path / "new" / "digits_smoke"
+    names = [f"{stem.name}{suffix}" for suffix in (".json", ".png", ".svg")]
+    assert sorted(path.name for path in stem.parent.iterdir()) == names
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    picture = stem.with_suffix(".svg").read_text(encoding="utf-8")
+
+    content = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    assert "--batch 32" in content["command"] and "--seeds 2" in content["command"]
+    assert content["config"]["batch"] == 32
+    assert str(tmp_path) not in json.dumps(content)
+    result = read(stem.with_suffix(".json"))
+    assert result["seeds"] == [0, 1]
+    assert len(result["reference_errors"]) == 2
+    table = done.stdout.splitlines()
+    for name, entry in result["schemes"].items():
+        assert len(entry["direct_errors"]) == len(entry["lc_errors"]) == 2
+        assert entry["lc_error_mean"] == sum(entry["lc_errors"]) / 2
+        assert entry["ratio_float32"] == pytest.approx(32 / entry["bits_per_weight"], rel=1e-3)
+        assert sum(line.startswith(f"{name}  ") for line in table) == 1
+        assert f"<!-- {name} -->" in picture
+    alone = {"binary", "ternary", "low-rank", "sparse"}
+    sums = {"binary + sparse", "low-rank + sparse", "binary + low-rank"}
+    assert result["schemes"].keys() == alone | sums | {"binary + low-rank + sparse"}
+
+
+def test_digits_interrupted(
+    load: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(config: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("digits", "digits_study"):
+        script = load(name)
+        monkeypatch.setattr(script, "run", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            script.main(["--smoke", "--out", str(tmp_path)])
+        assert stop.value.code == 130
+        assert capsys.readouterr().err == "Interrupted: nothing was written.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_digits_without_matplotlib(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"lc-compress\[plot\].*--no-figure"):
+        load("digits").main(["--smoke"])
+
+
+def test_digits_splits(load: Callable[[str], Any]) -> None:
+    """The test images are the same for all seeds, and nothing else sees them."""
+    digits = load("digits")
+    config = digits.Config()
+    one, other = digits.load(config, 0), digits.load(config, 100)
+    assert one.test.equal(other.test) and not one.held_out.equal(other.held_out)
+    for data in (one, other):
+        parts = [set(index.tolist()) for index in (data.train, data.held_out, data.test)]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == len(data.images)
+        assert [len(parts[1]), len(parts[2])] == [config.held_out, config.test]
+
+
+def test_digits_study(tmp_path: Path) -> None:
+    done = run("digits_study.py", "--smoke", "--quiet", "--out", tmp_path)
+    assert done.stderr == ""
+    result = read(tmp_path / "digits_study_smoke.json", ORIGIN | {"study_sha256"})
+    assert len(result["reference_held_out_errors"]) == 1
+    for row in result["variants"]:
+        assert len(row["held_out_errors"]) + row["diverged"] == 1
+        assert row["question"] in done.stdout and row["name"] in done.stdout
+
+
+def test_digits_study_settings_exist(load: Callable[[str], Any]) -> None:
+    """Each variant changes settings that are there, and each is another setting."""
+    digits, study = load("digits"), load("digits_study")
+    plan = study.variants(smoke=False)
+    settings = {replace(digits.Config(), **variant.changes) for variant in plan}
+    assert len(settings) == len(plan)
+
+
+# ------------------------------------------------------------------ CIFAR-10
+
+
+@pytest.mark.parametrize("gradient", ["weights", "sum"])
+def test_cifar_resnet(gradient: str, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    options = ("--smoke", "--gradient", gradient, "--seed", "3", "--out", path)
+    run("cifar_resnet.py", *options)
+    assert list(tmp_path.iterdir()) == [path]
+    assert f"--gradient {gradient} --seed 3" in json.loads(path.read_text())["command"]
+    result = read(path)
+    errors = {"reference_error", "direct_error_reference_batchnorm", "direct_error", "lc_error"}
+    sizes = {"bits", "bits_per_weight", "ratio_float32", "ratio_float16"}
+    assert result.keys() >= errors | sizes | {"gap", "curve", "wall_seconds"}
+    assert all(0 <= result[name] <= 100 for name in errors)
+    assert [entry["epoch"] for entry in result["curve"]] == [1, 2]
+
+
+def test_cifar_without_files(load: Callable[[str], Any], tmp_path: Path) -> None:
+    cifar = load("cifar_resnet")
+    with pytest.raises(SystemExit, match=r"data_batch_1\.bin is missing\. Give --data"):
+        cifar.load(cifar.Config(data=str(tmp_path)))
+    (tmp_path / "data_batch_1.bin").write_bytes(b"cut short")
+    with pytest.raises(SystemExit, match="has 9 bytes instead of 30730000"):
+        cifar.load(cifar.Config(data=str(tmp_path)))
+    with pytest.raises(SystemExit, match=r"net\.th is missing: give --weights"):
+        cifar.pretrained(cifar.Config(weights=str(tmp_path / "net.th")))
+
+
+# ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_study", "cifar_resnet"])
+def test_overrides(name: str, load: Callable[[str], Any]) -> None:
+    """Every setting can be given on the command line; the others stay at their defaults."""
+    script = load(name)
+
+    def parsed(*options: str) -> Any:
+        config = script.parse(list(options))
+        return config[0] if isinstance(config, tuple) else config
+
+    default = parsed()
+    other = {"scheme": "binary", "gradient": "weights", "smoke": True}
+    for field in fields(script.Config):
+        if field.name == "smoke" or (name, field.name) == ("cifar_resnet", "gradient"):
+            continue  # these choose other defaults
+        value = getattr(default, field.name)
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            wanted: Any = not value
+            given = [option if wanted else option.replace("--", "--no-", 1)]
+        else:
+            text = f"{value}x" if isinstance(value, str) else None
+            wanted = other.get(field.name, text if text is not None else value + 1)
+            given = [option, str(wanted)]
+        assert parsed(*given) == replace(default, **{field.name: wanted}), given
+    assert parsed("--smoke").smoke and parsed("--smoke", "--seed", "7").seed == 7
+
+
+def test_wrong_settings(load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="--seeds 0: at least 1"):
+        load("digits").parse(["--seeds", "0"])
+    with pytest.raises(SystemExit):
+        load("digits").parse(["--gradient", "other"])
+    assert "invalid choice: 'other'" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""The pretrained ResNet20 and real images: the reference and its direct compression."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lc_compress import LC, Binary, KMeans, Sparse, geometric
+from lc_compress.part import squared_error
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def load_module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXPERIMENTS))
+        return load_module(EXPERIMENTS / "cifar_resnet.py")
+
+
+@pytest.fixture(scope="module")
+def images(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test images and one part of the training images, in the official layout."""
+    unpacker = load_module(data_folder / "unpack_cifar10.py")
+    folder = tmp_path_factory.mktemp("cifar10")
+    for name in ("test_batch", "data_batch_1"):
+        pixels, labels = unpacker.decode((unpacker.HERE / unpacker.BATCHES[name]).read_bytes())
+        records = np.concatenate([labels[:, None], pixels.reshape(len(labels), -1)], axis=1)
+        records.tofile(folder / f"{name}.bin")
+    return folder
+
+
+@pytest.fixture
+def resnet20(experiment: Any, data_folder: Path) -> Any:
+    weights = data_folder / "resnet_cifar10" / "resnet20-12fca82f.th"
+    return experiment.pretrained(experiment.Config(weights=str(weights)))
+
+
+def test_reference_and_direct_compression_of_resnet20(
+    experiment: Any, resnet20: Any, images: Path
+) -> None:
+    test = experiment.cifar10(images, ["test_batch"])
+    assert experiment.error(resnet20, *test) == pytest.approx(8.27, abs=0.005)
+    few = tuple(x[:1000] for x in test)
+    train, _ = experiment.cifar10(images, ["data_batch_1"])
+    part = Binary() + Sparse(density=0.02)
+    tasks = {"*conv*.weight": part, "linear.weight": part}
+    lc = LC(resnet20, tasks, schedule=geometric(0.05, 1.6, 9))
+    assert len(lc.tasks) == 20
+    with lc.compressed(calibration=None):
+        kept = experiment.error(resnet20, *few)
+    calibration = [experiment.normalized(x) for x in train[:2000].split(500)]
+    with lc.compressed(calibration=calibration):
+        estimated = experiment.error(resnet20, *few)
+    assert kept > 80 and 25 < estimated < 55  # statistics of w ruin it, those of Δ(θ) do not
+
+
+def test_c_steps_on_real_layers_are_optimal(resnet20: Any) -> None:
+    import kmeans1d
+
+    for name, p in resnet20.named_parameters():
+        if p.dim() < 2:
+            continue
+        w = p.detach()
+        u = w.abs().flatten().double().sort().values
+        kept = u.numel() - round(0.02 * u.numel())
+        windows = u.unfold(0, kept, 1) if kept < 2000 else None
+        part = Binary() + Sparse(density=0.02)
+        state = part.project(w)
+        if windows is not None:
+            best = float(windows.var(1, correction=0).min() * kept)
+            assert 2 * part.objective(w, state) == pytest.approx(best, rel=1e-6), name
+        centres = KMeans(4)
+        reached = 2 * centres.objective(w, centres.project(w))
+        clusters, values = kmeans1d.cluster(w.flatten().double().numpy(), 4)
+        optimal = squared_error(w.flatten(), torch.tensor(values)[torch.tensor(clusters)])
+        assert reached == pytest.approx(optimal, rel=1e-6), name
