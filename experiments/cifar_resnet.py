@@ -43,6 +43,7 @@ class Config:
     density: float = 0.02  # exact floats per layer
     epochs: int = 6
     steps_per_epoch: int = 4  # classic: LC steps in one epoch
+    multipliers: bool = True  # augmented Lagrangian; without: quadratic penalty
     mu0: float = 0.05
     growth: float = 1.6  # of mu, per epoch
     lr: float = 0.03
@@ -212,6 +213,7 @@ def run(config: Config) -> dict[str, object]:
         schedule=schedule,
         optimizer=optimizer,
         gradient=config.gradient,
+        multipliers=config.multipliers,
         example_inputs=torch.zeros(1, 3, 32, 32),
     )
     with lc.compressed(calibration=None):

@@ -25,6 +25,9 @@ def geometric(mu0: float, growth: float, steps: int) -> tuple[float, ...]:
 def constant(mu: float, steps: int) -> tuple[float, ...]:
     """The same μ at every step; 0 is for the straight-through gradient only.
 
+    Multipliers move after the last step with a μ, so here only once, at the end: to learn with
+    them at a nearly constant μ use `geometric` with a growth just above 1.
+
     >>> constant(0.0, steps=2)
     (0.0, 0.0)
     """
