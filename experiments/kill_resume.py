@@ -25,6 +25,7 @@ import random
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -37,6 +38,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 from lc_compress import LC, Binary, LowRank, Matrix, Sparse, Sum, constant, geometric
 
@@ -47,13 +49,14 @@ RESULTS = Path(__file__).parent / "results"
 class Config:
     kills: int = 60  # half of them in classic runs, half in straight-through ones
     steps: int = 20  # LC steps of one run
-    images: int = 256  # for training; a body sees each once
+    images: int = 128  # for training; a body sees each once
     batch: int = 32
     lr: float = 0.05  # classic; straight-through: a tenth
     mu0: float = 0.01
     growth: float = 1.2
     density: float = 0.05
-    window: float = 0.3  # a kill comes within this share of an uninterrupted run's duration
+    writes: int = 2  # a kill comes after at most as many writes of the checkpoint,
+    share: float = 0.1  # and then within this share of an uninterrupted run's duration
     seed: int = 0  # of the runs; the instants of the kills are not reproducible
     out: str = ""
     smoke: bool = False
@@ -70,6 +73,7 @@ def net() -> nn.Sequential:
 def run(config: Config, gradient: str, checkpoint: str | None, result: str) -> None:
     """One run, gone on with if its checkpoint exists; writes a hash of every bit of its outcome."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its semaphores would survive the kill
     resumed = checkpoint is not None and Path(checkpoint).exists()
     seed = config.seed + 1000 * resumed  # all that a resumed run starts with is wrong
     torch.manual_seed(seed)
@@ -180,12 +184,16 @@ def killed(config: Config, gradient: str, kills: int, folder: Path) -> dict[str,
     checkpoint, end = folder / "run.pt", folder / "run.json"
     temporary = folder / "run.pt.tmp"
     counts = {"kills": 0, "before_the_first_checkpoint": 0, "in_a_write": 0, "runs": 0}
-    identical, window = True, config.window * seconds
+    identical = True
     while True:
         process = started(config, gradient, checkpoint, end)
-        before = stamp(checkpoint), stamp(temporary)
+        before = stamp(temporary)  # of an earlier kill
         if counts["kills"] < kills:
-            process.join(timeout=random.uniform(0, window))
+            for _ in range(random.randint(0, config.writes)):
+                last = stamp(checkpoint)
+                while process.is_alive() and stamp(checkpoint) == last:
+                    time.sleep(0.001)
+            process.join(timeout=random.uniform(0, config.share * seconds))
         else:
             process.join()
         if process.is_alive():
@@ -194,9 +202,7 @@ def killed(config: Config, gradient: str, kills: int, folder: Path) -> dict[str,
         if process.exitcode == -signal.SIGKILL:
             counts["kills"] += 1
             counts["before_the_first_checkpoint"] += not checkpoint.exists()
-            counts["in_a_write"] += stamp(temporary) not in (None, before[1])
-            advanced = stamp(checkpoint) != before[0]
-            window = config.window * seconds if advanced else 1.5 * window  # a busy machine
+            counts["in_a_write"] += stamp(temporary) not in (None, before)
             continue
         finished(process)
         counts["runs"] += 1
@@ -254,7 +260,7 @@ def main() -> None:
             parser.add_argument(option, type=type(value), default=value)
     config = Config(**vars(parser.parse_args()))
     if config.smoke:
-        config = replace(config, kills=2, steps=5, images=128)
+        config = replace(config, kills=2, steps=5)
     origin, begin = provenance(), time.perf_counter()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "lc_compress"])

@@ -170,7 +170,7 @@ def write(path: Path, lc: Any, model: nn.Module, save: Mapping[str, Any]) -> Non
         "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
         "buffers": dict(model.named_buffers()),
         "training": [name for name, module in model.named_modules() if module.training],
-        "lc": {name: lc[name] for name in ("history", "logged", "best")},
+        "lc": {name: lc[name] for name in ("history", "best")},
     }
     rank, world = _ranks()
     every = [own] if world == 1 else _gathered(own)

@@ -476,7 +476,6 @@ class LC:
             "options": dict(self._options),
             "position": self.position,
             "history": [dict(entry) for entry in self.history],
-            "logged": dict(self._logged),
             "tasks": {task.name: task.state_dict() for task in self.tasks},
             "started": {name: list(ws) for name, ws in self._started.items()},
             "best": self._best,
@@ -505,7 +504,6 @@ class LC:
                 task.show_delta()
         self.position = state["position"]
         self.history = [dict(entry) for entry in state["history"]]
-        self._logged = dict(state["logged"])
         self._started = {
             task.name: tuple(
                 w.to(p.device)

@@ -142,14 +142,18 @@ class Task:
         if (saved["weights"] is None) != (self.weights is None):
             raise ValueError(f"The state of {self.name} was made with another `gradient`.")
         try:
-            for tensors in (saved["multipliers"], saved["weights"], started):
-                for p, x in zip(self.parameters, tensors or self.parameters, strict=True):
-                    if x.shape != p.shape or x.dtype != p.dtype:
-                        raise ValueError(f"{tuple(x.shape)} of {x.dtype}")
+            for name, here, there in (
+                ("multipliers", self.multipliers, saved["multipliers"]),
+                ("weights", self.weights or (), saved["weights"] or ()),
+                ("started", self.parameters, started),
+            ):
+                for x, y in zip(here, there, strict=True):
+                    if y.shape != x.shape or y.dtype != x.dtype:
+                        raise ValueError(f"{name} has shape {tuple(y.shape)}, {y.dtype}")
             theta = self.decoded(saved["arrays"])
             delta = self.part.reconstruct(theta)
             if delta.shape != self.shape or delta.dtype != self.parameters[0].dtype:
-                raise ValueError(f"{tuple(delta.shape)} of {delta.dtype}")
+                raise ValueError(f"Δ(θ) has shape {tuple(delta.shape)}, {delta.dtype}")
         except Exception as cause:
             raise ValueError(
                 f"The state of {self.name}, shape {tuple(self.shape)}, is damaged: {cause}"

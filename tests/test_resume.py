@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from parts_under_test import CASES
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 from lc_compress import (
     LC,
@@ -57,6 +59,7 @@ class Setup:
     lr_guard: bool = False
     mus: tuple[float, ...] = tuple(geometric(0.05, growth=1.5, steps=STEPS))
     amp: bool = True
+    dtype: torch.dtype = torch.float32
     shape: tuple[int, int] = (12, 10)
 
 
@@ -64,6 +67,8 @@ PAIR = Binary() + Sparse(density=0.05)
 SETUPS = {
     "classic": Setup({"*.weight": PAIR}),
     "same mu twice": Setup({"*.weight": PAIR}, mus=(0.1, 0.1, 0.2, 0.2)),
+    "bfloat16": Setup({"*.weight": PAIR}, amp=False, dtype=torch.bfloat16),
+    "bfloat16 sum": Setup({"*.weight": PAIR}, "adamw", "sum", amp=False, dtype=torch.bfloat16),
     "adamw": Setup({"*.weight": KMeans(3)}, optimizer="adamw"),
     "penalty": Setup({"*.weight": PAIR}, hook=False),
     "guard": Setup({"*.weight": PAIR}, lr_guard=True, mus=(5.0, 30.0, 30.0, 50.0)),
@@ -90,7 +95,7 @@ class Run:
         hidden, inputs = setup.shape
         layers = (nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.2))
         self.net = nn.Sequential(*layers, nn.Linear(hidden, 3))
-        self.model = wrap(self.net)
+        self.model = wrap(self.net.to(setup.dtype))
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
             if setup.optimizer == "sgd"
@@ -98,7 +103,7 @@ class Run:
         )
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, STEPS + 1)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=3)
-        data = torch.Generator().manual_seed(7)  # the same data for every seed
+        data = torch.Generator().manual_seed(7)  # of every seed the same
         x, y = torch.randn(20, inputs, generator=data), torch.randint(0, 3, (20,), generator=data)
         self.order, self.noise = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         self.loader = DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=self.order)
@@ -127,6 +132,7 @@ class Run:
                 raise KeyboardInterrupt
             x = x + 0.01 * random.random() * torch.from_numpy(np.random.randn(*x.shape)).float()
             x = x + 0.01 * torch.from_numpy(self.noise.standard_normal(x.shape)).float()
+            x = x.to(self.setup.dtype)
             loss = F.cross_entropy(self.model(x), y)
             if not self.setup.hook:
                 loss = loss + self.lc.penalty()
@@ -142,7 +148,7 @@ class Run:
                 self.optimizer.zero_grad()
         self.scheduler.step()
         if index == 1:
-            self.lc.log(loss=loss.item())  # shown, and kept in the history, until the next one
+            self.lc.log(loss=loss.item())
         with self.lc.compressed(calibration=[x]):
             self.model.eval()  # and left so: a resume restores the mode too
             with torch.no_grad():
@@ -617,6 +623,7 @@ def processes() -> Any:
 def _script(path: str) -> None:
     """As a user would write it: run to the end, going on from the checkpoint if there is one."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its semaphores would survive the kill
     fsync = os.fsync
 
     def slow(file: int) -> None:
