@@ -1,9 +1,11 @@
-"""ResNet20 on CIFAR-10: every convolution and the linear layer as one bit per weight plus 2 % floats, learned by LC.
+"""ResNet20 on CIFAR-10: every layer as one bit per weight plus 2 % floats, learned by LC.
 
-Reference, direct compression (BatchNorm of the reference, and re-estimated) and LC in one run, with the loss gradient at w (classic) or at Δ(θ)
-(`--gradient sum`). Nothing is chosen on test images: the last step counts; 5 000 training images are held out to watch it.
+Reference, direct compression (BatchNorm of the reference, and re-estimated) and LC in one run, with
+the loss gradient at w (classic) or at Δ(θ) (`--gradient sum`). Nothing is chosen on test images:
+the last step counts; 5 000 training images are held out to watch it.
 
-Run:      python experiments/cifar_resnet.py --data DIR --weights resnet20-12fca82f.th [--gradient sum] [--seed 1]
+Run:      python experiments/cifar_resnet.py --data DIR --weights FILE [--gradient sum] [--seed 1]
+          DIR: CIFAR-10's binary files.   FILE: resnet20-12fca82f.th, the pretrained network.
 Summary:  python experiments/cifar_resnet.py --summary          (all stored seeds: mean and spread)
 Results:  experiments/results/cifar_resnet20_*.json, with hardware and wall time.
 """
@@ -72,7 +74,10 @@ DEFAULTS = {
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions; where the size halves, the shortcut takes every second pixel and pads channels with zeros."""
+    """Two 3×3 convolutions and a shortcut.
+
+    Where the size halves, the shortcut takes every second pixel and pads channels with zeros.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -118,7 +123,8 @@ def pretrained(config: Config) -> ResNet:
     if not config.smoke:
         if not Path(config.weights).is_file():
             raise SystemExit(
-                f"{config.weights} is missing: give --weights the file of the pretrained ResNet{config.depth}."
+                f"{config.weights} is missing: give --weights the file of the pretrained "
+                f"ResNet{config.depth}."
             )
         state = torch.load(config.weights, weights_only=True, map_location="cpu")["state_dict"]
         model.load_state_dict({name.removeprefix("module."): x for name, x in state.items()})
@@ -157,7 +163,10 @@ def load(config: Config) -> Data:
 def batches(
     data: Data, pad: Tensor, config: Config, epoch: int, first: int, last: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches first … last − 1 of an epoch: a function of seed and epoch alone, so that a resumed run sees the same ones."""
+    """Batches first … last − 1 of an epoch, with their labels.
+
+    A function of seed and epoch alone: a resumed run sees the same ones.
+    """
     order = torch.randperm(
         len(data.train), generator=torch.Generator().manual_seed(1000 * config.seed + epoch)
     )
@@ -195,7 +204,8 @@ def run(config: Config) -> dict[str, object]:
     reference = error(model, *test)
     if config.depth == 20 and not config.smoke and abs(reference - 8.27) > 0.005:
         raise SystemExit(
-            f"The reference has {reference:.2f} % test error instead of 8.27 %: wrong weights or data."
+            f"The reference has {reference:.2f} % test error instead of 8.27 %: "
+            "wrong weights or data."
         )
     say(f"reference: {reference:.2f} % test error")
 
@@ -259,9 +269,8 @@ def run(config: Config) -> dict[str, object]:
                     "loss": total / max(last - first, 1),
                 }
             )
-            say(
-                f"epoch {epoch + 1}: held-out error {watched:.2f} %, {time.perf_counter() - started:.0f} s"
-            )
+            seconds = time.perf_counter() - started
+            say(f"epoch {epoch + 1}: held-out error {watched:.2f} %, {seconds:.0f} s")
     report = lc.report()
     with lc.compressed(calibration=None):
         kept = error(model, *test)
@@ -269,9 +278,8 @@ def run(config: Config) -> dict[str, object]:
         cleaned = error(model, *test)
     lc.finalize(calibration=calibration)
     final = error(model, *test)
-    say(
-        f"LC, last step: {final:.2f} % test error, {report.total.bits / 8e3:.1f} kB, ratio {report.total.ratio32:.2f}"
-    )
+    size = f"{report.total.bits / 8e3:.1f} kB, ratio {report.total.ratio32:.2f}"
+    say(f"LC, last step: {final:.2f} % test error, {size}")
     return {
         "reference_error": reference,
         "direct_error_reference_batchnorm": direct_raw,
@@ -305,7 +313,8 @@ def provenance() -> dict[str, object]:
         "commit": commit.stdout.strip(),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread",
+        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -346,6 +355,10 @@ def summary(folder: Path) -> None:
     print(json.dumps(table, indent=1))
 
 
+def defaults_of(gradient: str) -> Config:
+    return replace(Config(), gradient=gradient, **DEFAULTS[gradient])
+
+
 def parse(argv: list[str]) -> tuple[Config, bool]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -353,7 +366,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("--gradient", choices=["weights", "sum"], default="weights")
     known, _ = parser.parse_known_args(argv)
-    defaults = replace(Config(), gradient=known.gradient, **DEFAULTS[known.gradient])
+    defaults = defaults_of(known.gradient)
     for field in fields(Config):
         value = getattr(defaults, field.name)
         if field.name == "gradient":
@@ -380,11 +393,17 @@ def main(argv: list[str]) -> None:
         return
     origin = provenance()  # of the code that runs, not of what the folder holds when it ends
     result = run(config)
-    name = f"cifar_resnet{config.depth}_{config.gradient}_seed{config.seed}{'_smoke' if config.smoke else ''}.json"
+    smoke = "_smoke" if config.smoke else ""
+    name = f"cifar_resnet{config.depth}_{config.gradient}_seed{config.seed}{smoke}.json"
     path = Path(config.out) if config.out else RESULTS / name
-    hidden = {"data", "weights", "checkpoint", "out"}
-    kept = {key: value for key, value in asdict(config).items() if key not in hidden}
-    command = f"python experiments/cifar_resnet.py --data DIR --weights FILE --gradient {config.gradient} --seed {config.seed}"
+    local = {"data": "DIR", "weights": "FILE", "checkpoint": "", "out": ""}
+    kept = {key: value for key, value in asdict(config).items() if key not in local}
+    changed = {key: x for key, x in kept.items() if x != getattr(defaults_of(config.gradient), key)}
+    options = [f"--{key.replace('_', '-')} {x}" for key, x in changed.items()]
+    command = (
+        "python experiments/cifar_resnet.py --data DIR --weights FILE "
+        f"--gradient {config.gradient} {' '.join(options)}".rstrip()
+    )
     write(path, {"command": command, "config": kept, "result": result, **origin})
 
 

@@ -1,4 +1,4 @@
-"""Data for the experiments: CIFAR-10 from its official binary files, augmented in whole batches of tensors."""
+"""CIFAR-10 from its official binary files, augmented in whole batches of tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRAIN, TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 def cifar10(folder: str | Path, names: list[str]) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of the named batches.
 
-    `folder` holds, or its subfolder `cifar-10-batches-bin` does, the files of the "binary version" on the data set's page: records of one label
-    byte and 3072 pixel bytes.
+    `folder` holds, or its subfolder `cifar-10-batches-bin` does, the files of the "binary version"
+    on the data set's page: records of one label byte and 3072 pixel bytes.
     """
     root = Path(folder)
     root = root / "cifar-10-batches-bin" if (root / "cifar-10-batches-bin").is_dir() else root
@@ -27,7 +27,7 @@ def cifar10(folder: str | Path, names: list[str]) -> tuple[Tensor, Tensor]:
         if not path.is_file():
             raise SystemExit(
                 f"{path} is missing. Give --data the folder with CIFAR-10's binary version "
-                f"(cifar-10-binary.tar.gz, unpacked: data_batch_1.bin ... data_batch_5.bin, test_batch.bin)."
+                "(cifar-10-binary.tar.gz, unpacked: data_batch_1.bin ... test_batch.bin)."
             )
         raw = np.fromfile(path, np.uint8)
         if raw.size != 10_000 * 3073:

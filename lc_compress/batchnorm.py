@@ -28,8 +28,8 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
 
     A layer that none of the batches reaches keeps its statistics.
 
-    Give the batches that training sees, augmentation included: on ResNet20 with one bit and 2 % floats
-    statistics of images without it cost 2.8 points of test error (experiments/cifar_resnet.py).
+    Give the batches that training sees, augmentation included: on ResNet20 with one bit and 2 %
+    floats, statistics of the images without it cost 2.8 points (experiments/cifar_resnet.py).
 
     Args:
         calibration: an iterable of batches, each a tensor, a mapping of keyword arguments, or a

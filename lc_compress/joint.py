@@ -151,9 +151,11 @@ def _trimmed(
 def _starts(
     u: Tensor, h: Tensor, scale: Tensor, warm: tuple[BinaryState, Any] | None
 ) -> list[Tensor]:
+    """The scale for equal importance, and the warm one, or cold the mean and the quartiles."""
+    if warm is not None:
+        return [scale, warm[0].scale.double().reshape(())]
     levels = torch.quantile(u[:: max(1, u.numel() // 100_000)], u.new_tensor([0.25, 0.5, 0.75]))
-    starts = [scale, _kept_mean(u, h, torch.zeros_like(u, dtype=torch.bool)), *levels]
-    return starts if warm is None else [*starts, warm[0].scale.double().reshape(())]
+    return [scale, _kept_mean(u, h, torch.zeros_like(u, dtype=torch.bool)), *levels]
 
 
 @register(Binary, Sparse, applies=_one_scale, exact=_stores_exactly)

@@ -183,6 +183,7 @@ class Part(ABC, Generic[State]):
         """`project` without the checks: solve, then keep the better of new and warm."""
         state = self.solve(w, warm, mu, importance)
         certain = self.exact if importance is None else self.exact_weighted
+        certain = certain and working(w) is w  # half precisions round the optimum noticeably
         if warm is None or certain or not self.admits(warm):
             return state
         if self.objective(w, state, mu, importance) <= self.objective(w, warm, mu, importance):
@@ -243,11 +244,22 @@ def rounded(values: Tensor, dtype: torch.dtype, value_dtype: torch.dtype | None)
 
     Values beyond the largest finite number are clamped to it: that is the nearest one.
     """
-    for target in (value_dtype, dtype):
-        if target is not None and values.dtype != target:
-            limit = min(torch.finfo(target).max, torch.finfo(values.dtype).max)
-            values = values.clamp(-limit, limit).to(target)
-    return values
+    targets = [x for x in (value_dtype, dtype) if x is not None and x != values.dtype]
+    if targets:
+        limit = _largest(values.dtype, dtype, value_dtype or dtype)
+        values = values.clamp(-limit, limit)
+    for target in targets:
+        values = values.to(target)
+    return values.to(dtype)
+
+
+def _largest(*dtypes: torch.dtype) -> float:
+    """The largest number that all the dtypes hold."""
+    limit = min(torch.finfo(x).max for x in dtypes)
+    for dtype in dtypes:
+        held = torch.tensor(limit, dtype=dtype)
+        limit = float(held if held.double() <= limit else held.nextafter(torch.zeros_like(held)))
+    return limit
 
 
 def check_value_dtype(part: object, value_dtype: torch.dtype | None) -> None:

@@ -248,6 +248,8 @@ LEAVES = [
         brute=brute(fixed(0), 1, nonzeros=4),
         value_dtype=BF16,
     ),
+    Case(Sparse(nonzeros=4, value_dtype=torch.float16), value_dtype=torch.float16),
+    Case(Binary(value_dtype=torch.float16), cone=True, value_dtype=torch.float16),
     *(
         Case(
             SparsePenalty(alpha),

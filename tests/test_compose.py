@@ -161,7 +161,7 @@ def test_half_precision_sums_round_once(w: torch.Tensor) -> None:
     reference = exact.objective(half.float(), exact.project(half.float()))
     assert part.objective(half, state) <= reference * 1.02
     corrected = state[1].positions
-    torch.testing.assert_close(  # the sum of two bfloat16 values, rounded: one unit in the last place
+    torch.testing.assert_close(  # two bfloat16 values, added: one unit in the last place
         delta.flatten()[corrected], half.flatten()[corrected], rtol=2**-7, atol=0
     )
 

@@ -1,4 +1,7 @@
-"""Joint C steps: where alternation gets stuck, golden values, and the table's rules. Brute force is in the contract."""
+"""Joint C steps: where alternation gets stuck, golden values, and the table's rules.
+
+Brute force is in the contract.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lc_compress import Binary, FixedCodebook, KMeans, Matrix, Sparse, SparsePenalty, Vector
-from lc_compress import joint
+from lc_compress import Binary, FixedCodebook, KMeans, Matrix, Sparse, SparsePenalty, Vector, joint
 from lc_compress.part import squared_error
 
 
@@ -41,7 +43,7 @@ def test_alternation_stays_stuck_where_the_joint_step_does_not(share: float, fac
 
 
 def test_golden_values_of_a_large_layer() -> None:
-    """Published with the timings of the older toolkit (papers/learning-compression.md, section 8)."""
+    """From the timings of the older toolkit (papers/learning-compression.md, section 8)."""
     w = torch.from_numpy(
         np.random.default_rng(0).normal(0, 0.05, (512, 512, 3, 3)).astype(np.float32)
     )

@@ -23,7 +23,7 @@ def error(
 
 
 def alternating(w: Tensor, h: Tensor, rank: int, start: Tensor, sweeps: int) -> float:
-    """The error after alternating weighted least squares from the right factor `start` (rank, n)."""
+    """The error after alternating weighted least squares from a right factor (rank, n)."""
     right, eye = start, 1e-13 * torch.eye(rank, dtype=DOUBLE)
     for _ in range(sweeps):
         for side in range(2):
