@@ -7,9 +7,9 @@ after a random time, and started again until it finishes; then the next one begi
 were enough kills. Compared are all bits of weights, buffers, θ, λ, w, history, optimizer, scheduler
 and generators.
 
-Claim: 60 kills, some of them in the middle of writing the checkpoint, change no bit.
+Claim: 100 kills, some of them in the middle of writing the checkpoint, change no bit.
 
-Run:      python experiments/kill_resume.py [--kills 60]      (1 minute on one idle core)
+Run:      python experiments/kill_resume.py [--kills 100]      (1 minute on one idle core)
 Results:  experiments/results/kill_resume.json
 """
 
@@ -47,7 +47,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Config:
-    kills: int = 60  # half of them in classic runs, half in straight-through ones
+    kills: int = 100  # half of them in classic runs, half in straight-through ones
     steps: int = 20  # LC steps of one run
     images: int = 128  # for training; a body sees each once
     batch: int = 32

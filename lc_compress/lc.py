@@ -69,7 +69,9 @@ class LC:
             at Δ(θ), straight-through; the parameters then hold Δ(θ) except inside
             `optimizer.step()`, a C step follows every `every` optimizer steps, and μ may be 0.
         every: see `gradient="sum"`.
-        multipliers: use λ.
+        multipliers: use λ. They assume that the L step comes near its minimum: where it is only a
+            few batches long they overshoot, and the quadratic penalty does better (measured in
+            experiments/digits_study.py).
         lr_guard: use min(lr, 1/μ) in the optimizer's steps; `lc.guarded` counts the steps in which
         it was below the optimizer's own rate.
         rule: with gradient="sum", a function (grad, w, θ) → grad that changes the loss gradient.

@@ -119,7 +119,10 @@ class Hook(ABC):
         if grads and not torch.stack(torch._foreach_norm(grads)).isfinite().all():
             bad = [n for n, grad in pairs if grad is not None and not grad.isfinite().all()]
             if bad:
-                raise RuntimeError(f"The gradient of {bad} contains NaN or inf; no step was taken.")
+                raise RuntimeError(
+                    f"The gradient of {bad} contains NaN or inf; no step was taken. "
+                    "If training diverged as mu grew, lower the learning rate or use lr_guard=True."
+                )
 
     def _guard(self) -> None:
         """lr ≤ 1/μ during this step (papers/learning-compression.md, section 1)."""
