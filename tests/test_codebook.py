@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lc_compress import codebook as module
+from lc_compress import clustering as module
 from lc_compress.codebook import CodebookState, FixedCodebook, KMeans, nearest
 from lc_compress.coding import Fixed
 from lc_compress.part import Part, squared_error

@@ -531,7 +531,9 @@ class Odd:
         self.state = state["state"]
 
 
-@pytest.mark.parametrize("state", [Path(), lambda: None, np.float64(1), np.zeros(2)], ids=repr)
+@pytest.mark.parametrize(
+    "state", [Path(), lambda: None, np.float64(1), np.zeros(2)], ids=lambda x: type(x).__name__
+)
 def test_what_is_not_plain_data_is_refused_before_any_training(state: Any, tmp_path: Path) -> None:
     lc = Run(SETUPS["classic"]).lc
     steps = lc.steps(progress=False, checkpoint=tmp_path / "run.pt", save={"odd": Odd(state)})
