@@ -309,12 +309,12 @@ def provenance() -> dict[str, object]:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
+    capability = torch.backends.cpu.get_cpu_capability()
     return {
         "commit": commit.stdout.strip(),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
+        "device": f"CPU, {platform.machine()}, {capability}, {torch.get_num_threads()} thread",
     }
 
 
@@ -353,6 +353,14 @@ def summary(folder: Path) -> None:
         }
     write(folder / "cifar_resnet20.json", table)
     print(json.dumps(table, indent=1))
+
+
+def option(field: str, value: object) -> str:
+    """How a field of Config is given on the command line."""
+    name = field.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def defaults_of(gradient: str) -> Config:
@@ -399,7 +407,7 @@ def main(argv: list[str]) -> None:
     local = {"data": "DIR", "weights": "FILE", "checkpoint": "", "out": ""}
     kept = {key: value for key, value in asdict(config).items() if key not in local}
     changed = {key: x for key, x in kept.items() if x != getattr(defaults_of(config.gradient), key)}
-    options = [f"--{key.replace('_', '-')} {x}" for key, x in changed.items()]
+    options = [option(key, x) for key, x in changed.items()]
     command = (
         "python experiments/cifar_resnet.py --data DIR --weights FILE "
         f"--gradient {config.gradient} {' '.join(options)}".rstrip()

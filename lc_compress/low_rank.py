@@ -13,6 +13,7 @@ from .coding import Raw
 from .part import Field, Ops, Part, check_value_dtype, rounded, working
 
 _SWEEPS = 200  # of the majorisation, at most
+_WARM_SWEEPS = 20  # from a warm start: in a sum the other terms move between the calls anyway
 _SETTLED = 1e-7  # relative decrease of the error that ends it
 _SEPARABLE = 1e-6  # relative difference from a product that is put down to rounding
 
@@ -97,7 +98,9 @@ class LowRank(Part[LowRankState]):
         else:
             h = importance.double().expand(w.shape)
             start = None if warm is None else _product(warm) * 2.0**-exponent
-            left, right = _weighted(x, h / h.max(), start, rank, accurate)
+            goes_on = warm is not None and warm.left.shape[1] <= rank
+            sweeps = _WARM_SWEEPS if goes_on else _SWEEPS
+            left, right = _weighted(x, h / h.max(), start, rank, accurate, sweeps)
         left, right = _balanced(left, right)
         half = 2.0 ** (exponent // 2)
         return LowRankState(
@@ -157,7 +160,7 @@ def _truncated(x: Tensor, rank: int, accurate: bool) -> tuple[Tensor, Tensor]:
 
 
 def _weighted(
-    x: Tensor, h: Tensor, start: Tensor | None, rank: int, accurate: bool
+    x: Tensor, h: Tensor, start: Tensor | None, rank: int, accurate: bool, sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """Factors for an importance h (m, n) of maximum 1: exact if it is a product, else by
     descent.
@@ -188,7 +191,7 @@ def _weighted(
     if start is not None and error_of(start) < error:
         current, error = start, error_of(start)  # of a higher rank, perhaps: then it only leads
     before, momentum = current, 0
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         ahead = current + momentum / (momentum + 3) * (current - before)
         factors = truncated(p * x + (1 - p) * ahead)
         approximation = factors[0] @ factors[1]

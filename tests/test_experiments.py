@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -155,7 +156,11 @@ def test_cifar_resnet(gradient: str, tmp_path: Path) -> None:
     options = ("--smoke", "--gradient", gradient, "--seed", "3", "--out", path)
     run("cifar_resnet.py", *options)
     assert list(tmp_path.iterdir()) == [path]
-    assert f"--gradient {gradient} --seed 3" in json.loads(path.read_text())["command"]
+    command = json.loads(path.read_text())["command"]
+    assert f"--gradient {gradient} " in command
+    assert {"--seed 3", "--smoke", "--no-compile"} <= set(
+        re.findall(r"--[a-z-]+(?: \d+)?", command)
+    )
     result = read(path)
     errors = {"reference_error", "direct_error_reference_batchnorm", "direct_error", "lc_error"}
     sizes = {"bits", "bits_per_weight", "ratio_float32", "ratio_float16"}
