@@ -7,6 +7,7 @@ from .binary import Binary as Binary
 from .binary import Ternary as Ternary
 from .codebook import FixedCodebook as FixedCodebook
 from .codebook import KMeans as KMeans
+from .compose import Over as Over
 from .compose import Sum as Sum
 from .compose import Then as Then
 from .compose import each as each

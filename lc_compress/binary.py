@@ -47,7 +47,8 @@ class Binary(Part[BinaryState]):
     binary, weighted). A zero weight is positive; a block without importance gets a = 0.
 
     Args:
-        axis: one scale per index of this axis (0: per output channel).
+        axis: one scale per index of this axis (0: per output channel; transposed convolutions
+            have their outputs on axis 1).
         group: one scale per `group` consecutive weights of the flattened tensor, the last group
             possibly shorter. With neither, one scale for the tensor.
         value_dtype: how scales are stored; None: in the weights' dtype.

@@ -91,6 +91,11 @@ class Sum(Part[States]):
             flat.extend(part.parts if isinstance(part, Sum) else (part,))
         if not flat:
             raise ValueError("Sum needs at least one part.")
+        if self.sweeps < 1 or not self.tolerance >= 0:
+            raise ValueError(
+                f"Sum: sweeps must be at least 1 and tolerance >= 0, got {self.sweeps} and "
+                f"{self.tolerance}."
+            )
         object.__setattr__(self, "parts", tuple(flat))
 
     def __str__(self) -> str:
@@ -345,8 +350,8 @@ class Then(Part[ThenState]):
     expose their `free` fields, for example a binary part its scales.
 
     Raises:
-        TypeError: `outer` has no continuous values (a fixed codebook), or is a sum (compose its
-            terms instead).
+        TypeError: `outer` has no continuous values (a fixed codebook), does not define
+            `free_shapes`, or is a sum (compose its terms instead).
     """
 
     outer: Part[Any]
@@ -363,6 +368,11 @@ class Then(Part[ThenState]):
             raise TypeError(f"`then` takes a part, got {type(self.inner).__name__}.")
         if not self.outer.free:
             raise TypeError(f"{self.outer} leaves nothing continuous that `then` could compress.")
+        if type(self.outer).free_shapes is Part.free_shapes:
+            raise TypeError(
+                f"`then` needs {type(self.outer).__name__}.free_shapes, the shapes of its fields "
+                f"{self.outer.free}, to read a state back."
+            )
 
     def __str__(self) -> str:
         return f"{self.outer}.then({self.inner})"
@@ -372,11 +382,22 @@ class Then(Part[ThenState]):
     ) -> ThenState:
         outer = self.outer.solve(w, None if warm is None else warm.outer, mu, importance)
         inner = {
-            name: self.inner.improve(x.values, _fitting(warm, name), mu, x.importance)
+            name: self.inner.improve(
+                x.values, self._fitting(warm, name, x.values.shape), mu, x.importance
+            )
             for name, x in expose(self.outer, outer, importance).items()
             if x.values.numel() > 0
         }
         return ThenState(self._filled(outer, inner), inner)
+
+    def _fitting(self, warm: ThenState | None, name: str, shape: torch.Size) -> Any:
+        """The warm state of a field, unless the field had another shape (as factors of another rank
+        have).
+        """
+        state = None if warm is None else warm.inner.get(name)
+        if state is None or self.inner.reconstruct(state).shape != shape:
+            return None
+        return state
 
     def _filled(self, outer: Any, inner: Mapping[str, Any]) -> Any:
         """`outer` with its exposed fields rebuilt by the inner part."""
@@ -451,10 +472,6 @@ def then(outer: Part[Any], inner: Part[Any]) -> Part[Any]:
     if isinstance(outer, Then):
         return Then(outer.outer, then(outer.inner, inner))
     return Then(outer, inner)
-
-
-def _fitting(warm: ThenState | None, name: str) -> Any:
-    return None if warm is None else warm.inner.get(name)
 
 
 # --------------------------------------------------------------------------------------- over
@@ -598,8 +615,8 @@ class Each(Part[States]):
         return torch.cat([self.part.reconstruct(s).reshape(-1) for s in state])
 
     def encode(self, state: States) -> dict[str, Field]:
-        """The tensors' fields; one per weight in the same coding for all is written as one array
-        for the group.
+        """The tensors' fields, numbered; one per weight in the same coding for all is written as
+        one array for the group, under "all".
         """
         each = [self.part.encode(s) for s in state]
         fields: dict[str, Field] = {}
@@ -607,7 +624,7 @@ class Each(Part[States]):
             group = [fields_of[name] for fields_of in each]
             if all(f.per_weight and f.coding == first.coding for f in group):
                 data = torch.cat([f.data.reshape(-1) for f in group])
-                fields[name] = Field(data, first.coding, per_weight=True)
+                fields[f"all.{name}"] = Field(data, first.coding, per_weight=True)
             else:
                 for i, f in enumerate(group):
                     fields[f"{i}.{name}"] = replace(f, per_weight=False)
@@ -617,10 +634,9 @@ class Each(Part[States]):
         sizes = self._sizes
         assert self.shapes is not None
         own = [below(i, arrays) for i in range(len(sizes))]
-        for name, x in arrays.items():
-            if not name.partition(".")[0].isdecimal():
-                for fields, piece in zip(own, x.split(sizes), strict=True):
-                    fields[name] = piece
+        for name, x in below("all", arrays).items():
+            for fields, piece in zip(own, x.split(sizes), strict=True):
+                fields[name] = piece
         return tuple(self.part.decode(f, s, dtype) for f, s in zip(own, self.shapes, strict=True))
 
     def ops(self, state: States, positions: int = 1) -> Ops:

@@ -98,6 +98,11 @@ def _stores_exactly(quantizer: Any, sparse: Any) -> bool:
     return sparse.value_dtype is None
 
 
+def _both_store_exactly(binary: Any, sparse: Any) -> bool:
+    """With the scale rounded another window may be better."""
+    return binary.value_dtype is None and sparse.value_dtype is None
+
+
 def _one_scale(binary: Any, sparse: Any) -> bool:
     return binary.axis is None and binary.group is None
 
@@ -158,7 +163,7 @@ def _starts(
     return [scale, _kept_mean(u, h, torch.zeros_like(u, dtype=torch.bool)), *levels]
 
 
-@register(Binary, Sparse, applies=_one_scale, exact=_stores_exactly)
+@register(Binary, Sparse, applies=_one_scale, exact=_both_store_exactly)
 def binary_sparse(
     a: Binary,
     b: Sparse,
@@ -200,7 +205,7 @@ def binary_sparse(
     return _correct(a, b, w, scale, mu, importance)
 
 
-@register(Binary, SparsePenalty, applies=_one_scale, exact=_stores_exactly)
+@register(Binary, SparsePenalty, applies=_one_scale, exact=_both_store_exactly)
 def binary_sparse_penalty(
     a: Binary,
     b: SparsePenalty,

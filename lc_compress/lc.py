@@ -207,19 +207,26 @@ class LC:
             else:
                 checkpoints.write(path, self.state_dict(), unwrap(self.model), objects)
         count = len(self.schedule)
-        with tqdm(total=count, initial=self.position, desc="LC", disable=not progress) as self._bar:
+        bar = tqdm(total=count, initial=self.position, desc="LC", disable=not progress)
+        self._bar = bar
+        try:
             while self.position < count:
                 self._c_done = False
                 self._logged = {}
+                for task in self.tasks:
+                    if task.weights is not None:  # an exception inside a step may have left w there
+                        task.show_delta()
                 self._begin()
                 self._show()
                 yield Step(self.position, count, self.mu)
                 self._end()
                 if path is not None:
                     checkpoints.write(path, self.state_dict(), unwrap(self.model), objects)
-                self._bar.update()
+                bar.update()
                 self._show()
-        self._bar = None
+        finally:  # also where the body is left early
+            bar.close()
+            self._bar = None
 
     def c_step(self) -> None:
         """Project now: every θ ← argmin ‖w − λ/μ − Δ(θ)‖². Called in the body of a step, it takes
@@ -257,6 +264,7 @@ class LC:
 
     def _end(self) -> None:
         """The end of a body: C step, multiplier step, history, next position."""
+        self._check_owned()
         if self.gradient == "sum" or not self._c_done:
             self.c_step()
         k, mu = self.position, self.mu
@@ -297,8 +305,10 @@ class LC:
         self._check_calibration(calibration, "compressed")
         if self._busy:
             raise RuntimeError(f"compressed() inside {self._busy}().")
+        self._check_owned()
         inner = unwrap(self.model)
-        kept = [tuple(p.detach().clone() for p in task.parameters) for task in self.tasks]
+        for task in self.tasks:
+            task.aside = tuple(p.detach().clone() for p in task.parameters)
         statistics = {
             n: {k: v.clone() for k, v in m.state_dict().items()}
             for n, m in batchnorms(inner).items()
@@ -317,9 +327,10 @@ class LC:
         finally:
             self._busy = None
             with torch.no_grad():
-                for task, weights in zip(self.tasks, kept, strict=True):
-                    for p, w in zip(task.parameters, weights, strict=True):
+                for task in self.tasks:
+                    for p, w in zip(task.parameters, task.aside or (), strict=True):
                         p.copy_(w)
+                    task.aside = None
                 for name, module in batchnorms(inner).items():
                     module.load_state_dict(statistics[name])
 
@@ -359,6 +370,7 @@ class LC:
         self._check_calibration(calibration, "finalize")
         if self._busy:
             raise RuntimeError(f"finalize() inside {self._busy}().")
+        self._check_owned()
         if best and self._best is None:
             raise RuntimeError("finalize(best=True): keep_best(metric) was never called.")
         inner = unwrap(self.model)
@@ -412,10 +424,11 @@ class LC:
     def _refine(self, make: Callable[[list[nn.Parameter]], Optimizer]) -> Iterator[Optimizer]:
         if self._busy:
             raise RuntimeError(f"refine() inside {self._busy}().")
-        self._detach()  # steps of its optimizer would pull towards the old Δ(θ)
+        self._check_owned()
         self._busy = "refine"
         try:
             with refining(self.model, self.tasks, make) as optimizer:
+                self._detach()  # steps of its optimizer would pull towards the old Δ(θ)
                 yield optimizer
         finally:
             self._busy = None
@@ -428,6 +441,22 @@ class LC:
             self._hook = None
         for task in self.tasks:
             task.weights = None
+
+    def _check_owned(self) -> None:
+        """Δ(θ) is written into the parameters seen at construction: they must be the model's."""
+        held = {id(p) for p in unwrap(self.model).parameters()}
+        lost = [
+            name
+            for task in self.tasks
+            for name, p in zip(task.names, task.parameters, strict=True)
+            if id(p) not in held
+        ]
+        if lost:
+            raise RuntimeError(
+                f"The parameters {lost} were replaced in the model after LC was made (by "
+                "load_state_dict(assign=True), a parametrization, or by hand). Make the model's "
+                "parameters final before LC, and change their values in place."
+            )
 
     def _check_calibration(self, calibration: object, where: str) -> None:
         norms = batchnorms(unwrap(self.model))

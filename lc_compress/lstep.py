@@ -68,6 +68,11 @@ class Hook(ABC):
                         "penalty would count twice. "
                         f"Finalize it, or make a new optimizer."
                     )
+        if any(group.get("maximize", False) for group in self.optimizer.param_groups):
+            raise ValueError(
+                f"{type(self.optimizer).__name__}(maximize=True) would step away from the "
+                "compressed weights. Minimize the negative of the objective instead."
+            )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for task in self.tasks:
             for name, p in zip(task.names, task.parameters, strict=True):
@@ -90,6 +95,10 @@ class Hook(ABC):
                 "inside its step, after LC's turn. "
                 f"Use fused=False, or loss + lc.penalty()."
             )
+        if any(task.aside is not None for task in self.tasks):
+            raise RuntimeError(
+                "optimizer.step() inside compressed() would train Δ(θ) instead of w."
+            )
         self._check_gradients()
         self.before()  # may raise: before anything else is changed
         self._guard()
@@ -97,7 +106,8 @@ class Hook(ABC):
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._rates is not None:
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                _set_rate(group, rate)
+                # a second LC on this optimizer may have saved a rate that the first had lowered
+                _set_rate(group, max(group["lr"], rate))
             self._rates = None
         self.after()
 

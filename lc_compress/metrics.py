@@ -231,25 +231,33 @@ def measure_positions(model: nn.Module, example_inputs: Any = None) -> dict[int,
     """Output positions of one example for each weight of a linear or convolution layer, by the
     parameter's id.
 
-    A linear layer has one unless the examples show more (a sequence); convolutions need
-    `example_inputs`: a tensor or a tuple of arguments, with the batch as first axis.
+    Without examples a linear layer has one, and convolutions are left out. With `example_inputs`, a
+    tensor or a tuple of arguments with the batch as first axis, layers whose `forward` the model
+    does not call (attention uses its output layer's weight directly) are left out. For a transposed
+    convolution the positions are those of its input: each meets every weight once.
     """
     inner = unwrap(model)
-    counts = {id(m.weight): 1 for m in inner.modules() if isinstance(m, nn.Linear)}
     if example_inputs is None:
-        return counts
+        return {id(m.weight): 1 for m in inner.modules() if isinstance(m, nn.Linear)}
 
-    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+    def count(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        over = output
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            channels, over = module.in_channels, args[0] if args else kwargs["input"]
         assert isinstance(channels, int) and isinstance(module.weight, Tensor)
-        here = output.numel() // channels // batch
+        here = over.numel() // channels // batch
         seen[id(module.weight)] = seen.get(id(module.weight), 0) + here  # may be used repeatedly
 
     seen: dict[int, int] = {}
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     batch = arguments[0].shape[0]
     layers = (nn.Linear, nn.modules.conv._ConvNd)
-    handles = [m.register_forward_hook(count) for m in inner.modules() if isinstance(m, layers)]
+    handles = [
+        m.register_forward_hook(count, with_kwargs=True)
+        for m in inner.modules()
+        if isinstance(m, layers)
+    ]
     modes = {module: module.training for module in inner.modules()}
     try:
         inner.eval()
@@ -260,4 +268,4 @@ def measure_positions(model: nn.Module, example_inputs: Any = None) -> dict[int,
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return counts | seen
+    return seen

@@ -49,6 +49,8 @@ def refining(
             state = task.part.with_tunable(task.state, {n: x.detach() for n, x in own.items()})
             task.adopt(state)
             task.show_delta()
+            for x in own.values():  # used: `model.zero_grad()`, which some loops call, misses them
+                x.grad = None
 
     for task in tasks:
         task.show_delta()

@@ -36,6 +36,8 @@ def constant(mu: float, steps: int) -> tuple[float, ...]:
 
 def checked(schedule: Iterable[float]) -> tuple[float, ...]:
     """The schedule as floats, if it is one: not empty, finite, not negative, not falling."""
+    if not isinstance(schedule, Iterable):
+        raise TypeError(f"A schedule is a sequence of mu, one per LC step, got {schedule!r}.")
     values = tuple(float(mu) for mu in schedule)
     if not values:
         raise ValueError("The schedule is empty: give at least one mu.")

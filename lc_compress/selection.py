@@ -94,7 +94,9 @@ def select(model: nn.Module, tasks: Mapping[Key, Part[Any]]) -> list[Selected]:
             equally specific patterns match one tensor; a tensor cannot be compressed (its name, and
             why).
     """
-    if not isinstance(tasks, Mapping) or not tasks:
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"Tasks are given as {{pattern: part, ...}}, got {type(tasks).__name__}.")
+    if not tasks:
         raise ValueError("LC needs at least one task: {pattern: part, ...}.")
     parameters, aliases = named_tensors(model)
     claims: dict[str, tuple[int, list[Key]]] = {}  # the most specific patterns so far
@@ -128,6 +130,7 @@ def select(model: nn.Module, tasks: Mapping[Key, Part[Any]]) -> list[Selected]:
     own = {name: p for task in selected for name, p in task.tensors.items()}
     _check_tensors(own, parameters)
     _check_grouped(model, selected)
+    _check_embeddings(model, own)
     return selected
 
 
@@ -169,7 +172,11 @@ def _matches(
     if not isinstance(pattern, str):
         names, rank = [name for name, p in large.items() if pattern(name, p)], 1
     elif pattern.startswith("re:"):
-        names, rank = [name for name in large if re.fullmatch(pattern[3:], name)], 2
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as cause:
+            raise ValueError(f"{pattern!r} is not a regular expression: {cause}.") from cause
+        names, rank = [name for name in large if expression.fullmatch(name)], 2
     else:
         names, rank = [name for name in large if fnmatchcase(name, pattern)], 2
     return rank, list(dict.fromkeys(aliases.get(name, name) for name in names))
@@ -181,7 +188,10 @@ def _is_lazy(p: Tensor) -> bool:
 
 
 def _nothing(pattern: Pattern, parameters: Mapping[str, nn.Parameter]) -> str:
-    return f"No parameter named {_show(pattern)}. The model has: {sorted(parameters)}."
+    return (
+        f"No parameter named {_show(pattern)}. The model has: {sorted(parameters)}. Patterns other "
+        "than exact names only see tensors of two axes or more."
+    )
 
 
 def _check_tensors(own: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -244,6 +254,27 @@ def _check_grouped(model: nn.Module, selected: list[Selected]) -> None:
                     f"{task.part} cannot factor: "
                     f"its outputs do not share their inputs. Use parts without low rank there."
                 )
+
+
+def _check_embeddings(model: nn.Module, own: Mapping[str, nn.Parameter]) -> None:
+    """Rows that an embedding fixes or rescales by itself would not be those of Δ(θ)."""
+    names = {id(p): name for name, p in own.items()}
+    for module in unwrap(model).modules():
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or id(module.weight) not in names:
+            continue
+        name = names[id(module.weight)]
+        if module.padding_idx is not None:
+            raise ValueError(
+                f"{name!r} belongs to an embedding with padding_idx={module.padding_idx}, whose "
+                "row is not trained, and compression would change it. Leave the embedding out, or "
+                "set its padding_idx to None."
+            )
+        if module.max_norm is not None:
+            raise ValueError(
+                f"{name!r} belongs to an embedding with max_norm={module.max_norm}, which rescales "
+                "its rows when it is used: they would not stay compressed. Leave the embedding "
+                "out, or set its max_norm to None."
+            )
 
 
 def has_low_rank(part: Part[Any]) -> bool:

@@ -23,6 +23,7 @@ class Task:
     delta: Δ(θ), one tensor per parameter, in its memory format.
     multipliers: λ, likewise; in float32 for half-precision weights, where small steps vanish.
     weights: w where the parameters hold Δ(θ) instead (straight-through), else None.
+    aside: w while the parameters hold Δ(θ) for a moment (`LC.compressed`), else None.
     """
 
     def __init__(self, selected: Selected) -> None:
@@ -34,11 +35,12 @@ class Task:
         self.delta: tuple[Tensor, ...] = ()
         self.multipliers = tuple(torch.zeros_like(working(p.detach())) for p in self.parameters)
         self.weights: tuple[Tensor, ...] | None = None
+        self.aside: tuple[Tensor, ...] | None = None
 
     @property
     def current(self) -> tuple[Tensor, ...]:
         """w, wherever it is."""
-        return self.weights or tuple(p.detach() for p in self.parameters)
+        return self.weights or self.aside or tuple(p.detach() for p in self.parameters)
 
     @property
     def size(self) -> int:

@@ -30,7 +30,7 @@ class View(ABC):
 
 @dataclass(frozen=True)
 class Vector(View):
-    """All entries in memory order."""
+    """All entries, the last axis fastest."""
 
     def show(self, w: Tensor) -> Tensor:
         return w.reshape(-1)

@@ -123,7 +123,7 @@ def test_each_keeps_one_state_per_tensor_and_one_array_of_signs(w: torch.Tensor)
     expected = torch.cat([Binary().reconstruct(Binary().project(x)) for x in (first, second)])
     assert torch.equal(part.reconstruct(state), expected)
     fields = part.encode(state)
-    assert sorted(fields) == ["0.scale", "1.scale", "positive"]
+    assert sorted(fields) == ["0.scale", "1.scale", "all.positive"]
     decoded = part.decode({k: f.data for k, f in fields.items()}, flat.shape, flat.dtype)
     assert torch.equal(part.reconstruct(decoded), expected)
 
@@ -175,3 +175,27 @@ def test_importance_reaches_every_term(w: torch.Tensor) -> None:
     plain = squared_error(w, part.reconstruct(part.project(w)), h)
     assert weighted < plain
     assert math.isfinite(weighted)
+
+
+def test_each_of_a_sum_reads_its_state_back(w: torch.Tensor) -> None:
+    part = each(Binary() + Ternary() + Sparse(nonzeros=2), ((8, 16), (16, 16)))
+    flat = w.flatten()
+    state = part.project(flat)
+    arrays = {name: field.data for name, field in part.encode(state).items()}
+    decoded = part.decode(arrays, flat.shape, flat.dtype)
+    assert torch.equal(part.reconstruct(decoded), part.reconstruct(state))
+
+
+def test_then_starts_cold_where_the_factors_have_another_rank(w: torch.Tensor) -> None:
+    inner = KMeans(4, value_dtype=torch.float16)  # not exact: it compares with the warm state
+    warm = LowRank(2).then(inner).project(w)
+    state = LowRank(3).then(inner).project(w, warm)
+    assert state.inner["left"].codes.shape == (24, 3)
+
+
+def test_then_refuses_a_part_that_cannot_be_read_back() -> None:
+    class Shapeless(Binary):
+        free_shapes = Part.free_shapes
+
+    with pytest.raises(TypeError, match=r"`then` needs Shapeless.free_shapes"):
+        Shapeless().then(KMeans(2))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lc_compress import Binary, FixedCodebook, KMeans, Matrix, Sparse, SparsePenalty, Vector, joint
+from lc_compress.binary import BinaryState
 from lc_compress.part import squared_error
 
 
@@ -125,3 +126,17 @@ def test_weighted_pair_is_never_worse_than_its_warm_start_or_one_term(part) -> N
         alone = part.parts[1]
         only = alone.objective(w, alone.project(w, mu=1.0, importance=h), 1.0, h)
         assert part.objective(w, cold, 1.0, h) <= only * (1 + 1e-6)
+
+
+def test_a_rounded_scale_is_not_claimed_to_be_exact() -> None:
+    # two windows tie, and bfloat16 can hold the mean of the other one only
+    step = 2.0**-7
+    w = torch.tensor([1 - 0.85 * step, 1 - 1.15 * step, 1 - 0.55 * step], dtype=torch.float64)
+    assert not (Binary(value_dtype=torch.bfloat16) + SparsePenalty(0.1)).exact
+    part = Binary(value_dtype=torch.bfloat16) + Sparse(nonzeros=1)
+    assert not part.exact
+    scale = torch.tensor([1 - step], dtype=torch.float64)
+    binary = BinaryState(scale, w >= 0)
+    warm = binary, Sparse(nonzeros=1).project(w - Binary().reconstruct(binary))
+    assert part.objective(w, part.project(w)) > 2 * part.objective(w, warm)
+    assert part.objective(w, part.project(w, warm)) == part.objective(w, warm)

@@ -683,3 +683,58 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match="Optimizer, got list"):
         controller(net(), optimizer=[])  # type: ignore[arg-type]
+
+
+def test_two_guards_on_one_optimizer_restore_its_rate() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for name, mu in (("0.weight", 2.0), ("2.weight", 4.0)):
+        LC(model, {name: Binary()}, schedule=(mu,), optimizer=optimizer, lr_guard=True)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_maximizing_optimizer_is_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match=r"SGD\(maximize=True\)"):
+        controller(model, torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+
+
+def test_parameters_replaced_in_the_model_are_an_error() -> None:
+    model = net()
+    lc = controller(model)
+    model.load_state_dict({n: x.clone() for n, x in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"\['0.weight', '2.weight'\] were replaced"):
+        lc.finalize()
+    with pytest.raises(RuntimeError, match="were replaced"), lc.compressed():
+        pass
+    with pytest.raises(RuntimeError, match="were replaced"):
+        for _ in lc.steps(progress=False):
+            pass
+
+
+def test_a_body_left_early_leaves_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    lc = controller(net())
+    for _ in lc.steps():
+        break
+    capsys.readouterr()
+    lc.log(loss=1.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_gap_inside_compressed_is_that_of_w_and_nothing_is_trained_there() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    lc = LC(model, {"weight": Binary()}, schedule=(0.1, 0.2), optimizer=optimizer)
+    gap, w = lc.gap(), model.weight.detach().clone()
+    assert gap["weight"] > 0.1
+    with lc.compressed(calibration=None):
+        assert lc.gap() == gap
+        model(torch.ones(1, 6)).sum().backward()
+        with pytest.raises(RuntimeError, match="inside compressed"):
+            optimizer.step()
+    assert torch.equal(model.weight, w)
+    optimizer.step()
+    assert not torch.equal(model.weight, w)

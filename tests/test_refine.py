@@ -257,3 +257,28 @@ def test_distributed_data_parallel_is_refused() -> None:
             lc.refine(sgd).__enter__()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_loop_that_clears_the_model_s_gradients_trains_the_same() -> None:
+    scales = []
+    for clears_model in (False, True):
+        model = net()
+        lc = done(model, {"3.weight": Binary()})
+        with lc.refine(sgd) as optimizer:
+            for _ in range(3):
+                model.zero_grad() if clears_model else optimizer.zero_grad()
+                loss_of(model).backward()
+                optimizer.step()
+        scales.append(lc.tasks[0].state.scale)
+    assert torch.equal(*scales)
+
+
+def test_an_optimizer_that_cannot_be_made_changes_nothing() -> None:
+    model = net()
+    own = sgd(list(model.parameters()))
+    lc = done(model, {"3.weight": Binary()}, optimizer=own, gradient="sum")
+    w = lc.tasks[0].current[0].clone()
+    with pytest.raises(ZeroDivisionError), lc.refine(lambda parameters: 1 / 0):  # type: ignore[arg-type,return-value]
+        pass
+    assert torch.equal(lc.tasks[0].current[0], w)
+    assert len(own._optimizer_step_pre_hooks) == 1

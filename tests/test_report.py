@@ -204,3 +204,16 @@ def test_extra_state_of_modules_is_passed_over() -> None:
     assert lc.report().uncompressed.weights == 2
     lc.keep_best(1.0)
     lc.finalize(best=True)
+
+
+def test_a_transposed_convolution_meets_each_weight_once_per_input_position() -> None:
+    model = nn.ConvTranspose2d(3, 5, 2, stride=2)
+    lc = controller(model, {"weight": Binary()}, example_inputs=torch.zeros(2, 3, 4, 4))
+    assert lc.report().rows[0].dense_mults == 16 * 3 * 5 * 4
+
+
+def test_a_layer_that_is_not_called_has_no_count() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True)  # uses out_proj's weight directly
+    x = torch.zeros(1, 5, 8)
+    lc = controller(model, {"out_proj.weight": Binary()}, example_inputs=(x, x, x))
+    assert lc.report().rows[0].mults is None

@@ -129,9 +129,14 @@ def test_what_matches_nothing_lists_the_names(pattern: Any) -> None:
         select(Net(), {pattern: A})
 
 
-@pytest.mark.parametrize("tasks", [{}, None, [("fc1.weight", A)]])
-def test_there_must_be_tasks(tasks: Any) -> None:
+def test_there_must_be_tasks() -> None:
     with pytest.raises(ValueError, match="at least one task"):
+        select(Net(), {})
+
+
+@pytest.mark.parametrize("tasks", [None, [("fc1.weight", A)]])
+def test_tasks_are_a_mapping(tasks: Any) -> None:
+    with pytest.raises(TypeError, match=f"got {type(tasks).__name__}"):
         select(Net(), tasks)
 
 
@@ -392,3 +397,17 @@ def test_a_selection_holds_the_models_own_parameters() -> None:
     model = Net()
     (task,) = select(model, {"fc1.weight": A})
     assert isinstance(task, Selected) and task.tensors["fc1.weight"] is model.fc1.weight
+
+
+def test_embeddings_that_change_their_rows_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'weight' .*padding_idx=0"):
+        build(nn.Embedding(5, 3, padding_idx=0), {"weight": A})
+    with pytest.raises(ValueError, match=r"'weight' .*max_norm=1.0"):
+        build(nn.EmbeddingBag(5, 3, max_norm=1.0), {"weight": A})
+
+
+def test_a_broken_expression_and_a_pattern_of_biases_say_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"'re:\(' is not a regular expression: missing"):
+        build(Net(), {"re:(": A})
+    with pytest.raises(ValueError, match=r"'\*.bias'.* only see tensors of two axes or more"):
+        build(Net(), {"*.bias": A})
