@@ -44,7 +44,7 @@ class Config:
     depth: int = 20
     gradient: str = "weights"  # "weights": classic LC; "sum": straight-through
     density: float = 0.02  # exact floats per layer
-    epochs: int = 6
+    epochs: int = 4
     steps_per_epoch: int = 4  # classic: LC steps in one epoch
     multipliers: bool = True  # augmented Lagrangian; without: quadratic penalty
     mu0: float = 0.05
@@ -66,7 +66,7 @@ class Config:
 
 DEFAULTS = {
     "weights": {},
-    "sum": {"lr": 0.02, "lr_end": 0.0005, "epochs": 8, "steps_per_epoch": 1},
+    "sum": {"lr": 0.02, "lr_end": 0.0005, "epochs": 12, "steps_per_epoch": 1},
 }
 
 
