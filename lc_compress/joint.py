@@ -73,7 +73,7 @@ def register(
 
     Args:
         applies: whether this pair of hyper-parameters is the function's case; otherwise the sum
-        alternates.
+            alternates.
         exact, weighted: whether the result is a global minimum, without and with importance. Where
             it is not, the sum keeps the better of the result and its warm start.
     """

@@ -64,7 +64,7 @@ class LC:
             `selection.select`.
         schedule: μ per LC step, not falling; `geometric(mu0, growth, steps)` or any sequence.
         optimizer: given, the L step is done by hooks on it: call nothing else. Not given, add
-        `lc.penalty()` to the loss.
+            `lc.penalty()` to the loss.
         gradient: where the loss gradient is taken. "weights": at w, the classic algorithm. "sum":
             at Δ(θ), straight-through; the parameters then hold Δ(θ) except inside
             `optimizer.step()`, a C step follows every `every` optimizer steps, and μ may be 0.
@@ -73,13 +73,13 @@ class LC:
             few batches long they overshoot, and the quadratic penalty does better (measured in
             experiments/digits_study.py).
         lr_guard: use min(lr, 1/μ) in the optimizer's steps; `lc.guarded` counts the steps in which
-        it was below the optimizer's own rate.
+            it was below the optimizer's own rate.
         rule: with gradient="sum", a function (grad, w, θ) → grad that changes the loss gradient.
         example_inputs: a batch, to count the operations of convolutions in `report()`.
 
     Raises:
         TypeError, ValueError: the tasks, the schedule or the options do not fit; nothing has then
-        been changed.
+            been changed.
     """
 
     def __init__(
@@ -315,14 +315,7 @@ class LC:
         }
         self._busy = "compressed"
         try:
-            for task in self.tasks:
-                task.show_delta()
-            if (
-                batchnorms(inner)
-                and calibration is not None
-                and not isinstance(calibration, _Unset)
-            ):
-                recalibrate(inner, calibration)
+            self._show_delta(calibration)
             yield self.model
         finally:
             self._busy = None
@@ -363,7 +356,7 @@ class LC:
 
         Args:
             calibration: as in `compressed`. With `best=True` and statistics kept inside
-            `compressed(...)`, `None` keeps those.
+                `compressed(...)`, `None` keeps those.
             best: return to what `keep_best` kept last.
         """
         self._refuse_if_finished("finalize()")
@@ -381,14 +374,7 @@ class LC:
                 for task, arrays in zip(self.tasks, self._best["arrays"], strict=True):
                     task.adopt(task.decoded(arrays))
                 _restore(inner, self._best["rest"])
-            for task in self.tasks:
-                task.show_delta()
-            if (
-                batchnorms(inner)
-                and calibration is not None
-                and not isinstance(calibration, _Unset)
-            ):
-                recalibrate(inner, calibration)
+            self._show_delta(calibration)
         except BaseException:  # the calibration runs on the user's data: the run can go on
             for task, state in zip(self.tasks, states, strict=True):
                 task.adopt(state)
@@ -441,6 +427,15 @@ class LC:
             self._hook = None
         for task in self.tasks:
             task.weights = None
+
+    def _show_delta(self, calibration: Calibration | _Unset | None) -> None:
+        """The model's weights are Δ(θ), and BatchNorm fits them if there is calibration data."""
+        for task in self.tasks:
+            task.show_delta()
+        inner = unwrap(self.model)
+        if calibration is None or isinstance(calibration, _Unset) or not batchnorms(inner):
+            return
+        recalibrate(inner, calibration)
 
     def _check_owned(self) -> None:
         """Δ(θ) is written into the parameters seen at construction: they must be the model's."""
