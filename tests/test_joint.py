@@ -95,7 +95,7 @@ def test_penalty_pair_needs_mu() -> None:
 
 
 def test_users_register_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "_table", dict(joint._table))
+    monkeypatch.setattr(joint.registry, "_table", dict(joint.registry._table))
     calls = []
 
     @joint.register(KMeans, Sparse, applies=lambda a, b: a.k == 3, exact=lambda a, b: False)

@@ -1,101 +1,18 @@
-"""Exact C steps for pairs of parts inside a sum, where alternating between the two would get stuck.
-
-    @register(Binary, Sparse, exact=lambda a, b: ...)
-    def binary_sparse(a, b, w, warm, mu, importance) -> (state of a, state of b)
-
-The table is keyed by the pair of types and looked up both ways; users add to it with the same
-decorator.
-"""
+"""Binary plus sparse: the exact joint C steps, for a budget and for a price."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .binary import Binary, BinaryState
-from .codebook import FixedCodebook
-from .order import extremes, largest, sort_rows
-from .part import Part, rounded, working
-from .sparse import Sparse, SparsePenalty, SparseState
-
-Solver: TypeAlias = Callable[..., tuple[Any, Any]]
-Fact: TypeAlias = Callable[[Any, Any], bool]
-
-
-@dataclass(frozen=True)
-class Joint:
-    """A solver for one pair, and for which hyper-parameters it reaches the global minimum."""
-
-    solve: Solver
-    exact: Fact
-    exact_weighted: Fact
-    swapped: bool = False
-
-    def __call__(
-        self,
-        a: Part[Any],
-        b: Part[Any],
-        w: Tensor,
-        warm: tuple[Any, Any] | None,
-        mu: float | None,
-        importance: Tensor | None,
-    ) -> tuple[Any, Any]:
-        if not self.swapped:
-            return self.solve(a, b, w, warm, mu, importance)
-        second, first = self.solve(b, a, w, None if warm is None else warm[::-1], mu, importance)
-        return first, second
-
-    def certain(self, a: Part[Any], b: Part[Any], weighted: bool) -> bool:
-        """Whether the pair's solution is a global minimum."""
-        fact = self.exact_weighted if weighted else self.exact
-        return fact(b, a) if self.swapped else fact(a, b)
-
-
-_table: dict[tuple[type, type], tuple[Joint, Fact]] = {}
-
-
-def _never(a: Any, b: Any) -> bool:
-    return False
-
-
-def _always(a: Any, b: Any) -> bool:
-    return True
-
-
-def register(
-    a: type, b: type, *, applies: Fact = _always, exact: Fact = _always, weighted: Fact = _never
-) -> Callable[[Solver], Solver]:
-    """Use the decorated function as the C step of every `a + b` for which `applies(a, b)` holds.
-
-    Args:
-        applies: whether this pair of hyper-parameters is the function's case; otherwise the sum
-            alternates.
-        exact, weighted: whether the result is a global minimum, without and with importance. Where
-            it is not, the sum keeps the better of the result and its warm start.
-    """
-
-    def add(solver: Solver) -> Solver:
-        _table[a, b] = Joint(solver, exact, weighted), applies
-        return solver
-
-    return add
-
-
-def find(a: Part[Any], b: Part[Any]) -> Joint | None:
-    """The joint solver of this pair, in this order, or None."""
-    for first, second, swapped in ((a, b, False), (b, a, True)):
-        joint, applies = _table.get((type(first), type(second)), (None, _never))
-        if joint is not None and applies(first, second):
-            return replace(joint, swapped=swapped)
-    return None
-
-
-def _stores_exactly(quantizer: Any, sparse: Any) -> bool:
-    return sparse.value_dtype is None
+from ..binary import Binary, BinaryState
+from ..order import extremes, largest, sort_rows
+from ..part import Part, rounded, working
+from ..sparse import Sparse, SparsePenalty, SparseState
+from .registry import register
 
 
 def _both_store_exactly(binary: Any, sparse: Any) -> bool:
@@ -252,29 +169,6 @@ def binary_sparse_penalty(
         flat, h = u.double().reshape(-1), importance.double().expand(w.shape).reshape(-1)
         scale = _trimmed(flat, h, _starts(flat, h, scale, warm), lambda cost: cost > price, price)
     return _correct(a, b, w, scale, mu, importance)
-
-
-@register(FixedCodebook, Sparse, exact=_stores_exactly, weighted=_stores_exactly)
-@register(FixedCodebook, SparsePenalty, exact=_stores_exactly, weighted=_stores_exactly)
-def codebook_sparse(
-    a: FixedCodebook,
-    b: Part[SparseState],
-    w: Tensor,
-    warm: tuple[Any, SparseState] | None,
-    mu: float | None,
-    importance: Tensor | None,
-) -> tuple[Any, SparseState]:
-    """A fixed codebook plus an l0 constraint or penalty, exactly, weighted too
-    (papers/learning-compression.md, 4.1 and 4.2).
-
-    Proof. Let d_i be the distance of w_i to its nearest codeword. Whatever the support of θ,
-    entries in it cost 0 (or the price α) and the others at least h_i d_i², which the nearest
-    codeword attains. So take the nearest codeword everywhere, and correct where h_i d_i² is largest
-    (or above the price). O(N log K) and a selection.
-    """
-    state = a.solve(w, None, mu, importance)
-    residual = rounded(working(w) - working(a.reconstruct(state)), w.dtype, None)
-    return state, b.solve(residual, None, mu, importance)
 
 
 def _prefix(x: Tensor) -> tuple[Tensor, Tensor]:

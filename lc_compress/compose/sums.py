@@ -1,0 +1,270 @@
+"""Sums of parts: joint solvers where they exist, block descent otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import joint
+from ..part import Field, Ops, Part, rounded, working
+from .names import States, as_importance, below, prefixed
+from .wrapped import Over, OverState
+
+
+@dataclass(frozen=True)
+class Block:
+    """Terms that one solver handles together: one part, or a pair with a joint solver."""
+
+    terms: tuple[int, ...]
+    pair: joint.Joint | None = None
+
+
+@dataclass(frozen=True)
+class Sum(Part[States]):
+    """Additive combination Δ(θ) = Δ₁(θ₁) + Δ₂(θ₂) + …, the weights of a model as a sum of
+    separately compressed parts.
+
+    Solves   min μ/2 Σ h (w − Σ_i Δ_i(θ_i))² + Σ_i penalty_i(θ_i)
+
+    A pair with a joint solver (`joint`: binary or a fixed codebook, plus sparse) is solved
+    exactly, and if it is the whole sum, so is the sum. Otherwise block descent: each block projects
+    the residual that the others leave, warm-started, until a sweep lowers the objective by less
+    than `tolerance`, relatively. From a warm state there is one descent. A cold start tries the
+    orders of the blocks (all of up to three blocks, else the rotations of the written order), each
+    greedy first and then descended coarsely, and continues the best one. The result is
+    block-stationary: a local optimum, which in general depends on the start, though never on how
+    the sum was bracketed.
+
+    Args:
+        parts: the terms; sums among them are flattened.
+        tolerance: relative decrease of the objective in one sweep at which the descent stops.
+        sweeps: most sweeps of a descent.
+
+    State: the tuple of the terms' states.
+
+    Raises:
+        TypeError: a term is not a part.
+        ValueError: no terms.
+
+    Source: papers/learning-compression.md, section 4.
+    """
+
+    parts: tuple[Part[Any], ...]
+    tolerance: float = 1e-9
+    sweeps: int = 500
+
+    def __post_init__(self) -> None:
+        flat: list[Part[Any]] = []
+        for part in self.parts:
+            if not isinstance(part, Part):
+                raise TypeError(f"Sum adds parts, got {type(part).__name__}.")
+            flat.extend(part.parts if isinstance(part, Sum) else (part,))
+        if not flat:
+            raise ValueError("Sum needs at least one part.")
+        if self.sweeps < 1 or not self.tolerance >= 0:
+            raise ValueError(
+                f"Sum: sweeps must be at least 1 and tolerance >= 0, got {self.sweeps} and "
+                f"{self.tolerance}."
+            )
+        object.__setattr__(self, "parts", tuple(flat))
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.parts))
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The terms grouped into blocks, in written order of their first terms."""
+        free = list(range(len(self.parts)))
+        blocks: list[Block] = []
+        while free:
+            i = free.pop(0)
+            for j in free:
+                pair = joint.find(*_same_view(self.parts[i], self.parts[j]))
+                if pair is not None:
+                    free.remove(j)
+                    blocks.append(Block((i, j), pair))
+                    break
+            else:
+                blocks.append(Block((i,)))
+        return tuple(blocks)
+
+    def _certain(self, weighted: bool) -> bool:
+        blocks = self.blocks
+        if len(blocks) > 1:
+            return False
+        (block,) = blocks
+        if block.pair is None:
+            part = self.parts[0]
+            return part.exact_weighted if weighted else part.exact
+        return block.pair.certain(*_same_view(*(self.parts[i] for i in block.terms)), weighted)
+
+    @property
+    def exact(self) -> bool:
+        return self._certain(weighted=False)
+
+    @property
+    def exact_weighted(self) -> bool:
+        return self._certain(weighted=True)
+
+    def solve(
+        self, w: Tensor, warm: States | None, mu: float | None, importance: Tensor | None
+    ) -> States:
+        problem = _Descent(self, w, mu, importance)
+        count = len(problem.blocks)
+        if count == 1:  # one projection is the whole problem
+            states = [None] * len(self.parts) if warm is None else list(warm)
+            problem.update(problem.blocks[0], states, w)
+            return tuple(states)
+        if warm is not None:
+            return problem.descend(list(warm), self.tolerance, self.sweeps)
+        orders: Sequence[tuple[Block, ...]] = list(permutations(problem.blocks))
+        if count > 3:
+            orders = [problem.blocks[i:] + problem.blocks[:i] for i in range(count)]
+        starts = [problem.descend(problem.greedy(order), 1e-3, 20) for order in orders]
+        best = min(starts, key=lambda states: problem.value(states))
+        return problem.descend(list(best), self.tolerance, self.sweeps)
+
+    def reconstruct(self, state: States) -> Tensor:
+        return _add(part.reconstruct(s) for part, s in zip(self.parts, state, strict=True))
+
+    def encode(self, state: States) -> dict[str, Field]:
+        return prefixed(
+            (i, part.encode(s)) for i, (part, s) in enumerate(zip(self.parts, state, strict=True))
+        )
+
+    def decode(self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> States:
+        return tuple(p.decode(below(i, arrays), shape, dtype) for i, p in enumerate(self.parts))
+
+    def ops(self, state: States, positions: int = 1) -> Ops:
+        counts = [part.ops(s, positions) for part, s in zip(self.parts, state, strict=True)]
+        return sum(counts, start=Ops(0, 0))
+
+    def penalty(self, state: States) -> float:
+        return sum(part.penalty(s) for part, s in zip(self.parts, state, strict=True))
+
+    def admits(self, state: States) -> bool:
+        return all(part.admits(s) for part, s in zip(self.parts, state, strict=True))
+
+    def tunable(self, state: States) -> dict[str, Tensor]:
+        return prefixed(
+            (i, part.tunable(s)) for i, (part, s) in enumerate(zip(self.parts, state, strict=True))
+        )
+
+    def with_tunable(self, state: States, values: Mapping[str, Tensor]) -> States:
+        terms = enumerate(zip(self.parts, state, strict=True))
+        return tuple(part.with_tunable(s, below(i, values)) for i, (part, s) in terms)
+
+
+def _add(terms: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors, half precisions added in float32 and rounded once."""
+    first, *rest = terms
+    total = working(first)
+    for term in rest:
+        total = total + term
+    return total.to(first.dtype)
+
+
+def _same_view(a: Part[Any], b: Part[Any]) -> tuple[Part[Any], Part[Any]]:
+    """The inner parts if both look at the tensor through the same view; otherwise the parts
+    themselves.
+    """
+    if isinstance(a, Over) and isinstance(b, Over) and a.view == b.view:
+        return a.part, b.part
+    return a, b
+
+
+class _Descent:
+    """Block descent on one problem: (w, μ, importance) for one sum."""
+
+    def __init__(self, total: Sum, w: Tensor, mu: float | None, importance: Tensor | None) -> None:
+        self.sum, self.w, self.mu, self.importance = total, w, mu, importance
+        self.blocks = total.blocks
+
+    def value(self, states: Sequence[Any]) -> float:
+        return self.sum.objective(self.w, tuple(states), self.mu, self.importance)
+
+    def greedy(self, order: Sequence[Block]) -> list[Any]:
+        """Each block in turn projects what the ones before it left."""
+        states: list[Any] = [None] * len(self.sum.parts)
+        residual = self.w
+        for block in order:
+            self.update(block, states, residual)
+            for i in block.terms:
+                residual = self._minus(residual, [self.sum.parts[i].reconstruct(states[i])])
+        return states
+
+    def descend(self, states: list[Any], tolerance: float, sweeps: int) -> States:
+        """Sweeps of warm-started block projections; the best states seen."""
+        terms = [part.reconstruct(s) for part, s in zip(self.sum.parts, states, strict=True)]
+        valid = self.sum.admits(tuple(states))
+        best, best_value = tuple(states), self.value(states) if valid else math.inf
+        for _ in range(sweeps):
+            for block in self.blocks:
+                others = [t for i, t in enumerate(terms) if i not in block.terms]
+                self.update(block, states, self._minus(self.w, others))
+                for i in block.terms:
+                    terms[i] = self.sum.parts[i].reconstruct(states[i])
+            value = self.value(states)
+            done = best_value - value <= tolerance * abs(value)
+            if value < best_value:
+                best, best_value = tuple(states), value
+            if done:
+                break
+        return best
+
+    def _minus(self, w: Tensor, terms: Sequence[Tensor]) -> Tensor:
+        total = working(w)
+        for term in terms:
+            total = total - term
+        return rounded(total, w.dtype, None)
+
+    def update(self, block: Block, states: list[Any], target: Tensor) -> None:
+        """Replace the block's states by better ones for `target`; `states` may hold None for a cold
+        start.
+        """
+        parts = [self.sum.parts[i] for i in block.terms]
+        if block.pair is None:
+            (i,), (part,) = block.terms, parts
+            states[i] = part.improve(target, states[i], self.mu, self.importance)
+            return
+        i, j = block.terms
+        warm = None if states[i] is None else (states[i], states[j])
+        states[i], states[j] = _improve_pair(
+            block.pair, parts[0], parts[1], target, warm, self.mu, self.importance
+        )
+
+
+def _improve_pair(
+    pair: joint.Joint,
+    a: Part[Any],
+    b: Part[Any],
+    w: Tensor,
+    warm: tuple[Any, Any] | None,
+    mu: float | None,
+    importance: Tensor | None,
+) -> tuple[Any, Any]:
+    """The pair's joint solution, or the warm one where that is better and the solver is not
+    certain.
+    """
+    inner = _same_view(a, b)
+    if (
+        inner[0] is not a and isinstance(a, Over) and isinstance(b, Over)
+    ):  # solve behind the shared view
+        shown = None if importance is None else a.view.show(as_importance(importance, w))
+        states = None if warm is None else (warm[0].inner, warm[1].inner)
+        first, second = _improve_pair(pair, *inner, a.view.show(w), states, mu, shown)
+        return OverState(first, w.shape), OverState(second, w.shape)
+    new = pair(a, b, w, warm, mu, importance)
+    if warm is None or pair.certain(a, b, importance is not None):
+        return new
+    if not (a.admits(warm[0]) and b.admits(warm[1])):
+        return new
+    both = Sum((a, b))
+    old_value = both.objective(w, warm, mu, importance)
+    return new if both.objective(w, new, mu, importance) <= old_value else warm

@@ -1,0 +1,9 @@
+"""Exact C steps for pairs of parts inside a sum, one file per kind of pair."""
+
+from . import binary_sparse as binary_sparse
+from . import codebook_sparse as codebook_sparse
+from .registry import Joint as Joint
+from .registry import find as find
+from .registry import find_then as find_then
+from .registry import register as register
+from .registry import register_then as register_then
