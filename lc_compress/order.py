@@ -28,29 +28,46 @@ def argsort_rows(x: Tensor) -> Tensor:
 def extremes(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` smallest and the `count` largest values of `x` (n,), each in ascending order."""
     n = x.numel()
-    if x.device.type != "cpu" or 2 * count >= n:
+    if x.device.type != "cpu" or 4 * count >= n:
         ordered = sort_rows(x.reshape(1, -1)).reshape(-1)
-    else:
-        ordered = torch.from_numpy(np.partition(x.numpy(), [max(count - 1, 0), n - max(count, 1)]))
-    low, high = ordered[:count], ordered[n - count :]
-    return sort_rows(low.reshape(1, -1)).reshape(-1), sort_rows(high.reshape(1, -1)).reshape(-1)
+        return ordered[:count], ordered[n - count :]
+    if count == 0:
+        return x[:0], x[:0]
+    values = x.numpy()  # numpy is fast at one place at a time only
+    low = np.partition(values, count - 1)[:count]
+    high = np.partition(values, n - count)[n - count :]
+    return torch.from_numpy(np.sort(low)), torch.from_numpy(np.sort(high))
 
 
-def largest(score: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` largest entries of `score`; among equal ones the first in memory
-    order win.
+def top(score: Tensor, count: int) -> Tensor:
+    """Positions, ascending, of the `count` largest entries of the flattened `score`.
+
+    Among equal ones the first in memory order win.
     """
     flat = score.reshape(-1)
     n = flat.numel()
     if count <= 0:
-        return torch.zeros_like(score, dtype=torch.bool)
+        return torch.empty(0, dtype=torch.int64, device=flat.device)
     if count >= n:
-        return torch.ones_like(score, dtype=torch.bool)
+        return torch.arange(n, device=flat.device)
     if flat.device.type == "cpu":
-        threshold = torch.tensor(np.partition(flat.numpy(), n - count)[n - count])
+        values = flat.numpy()
+        threshold = torch.tensor(np.partition(values, n - count)[n - count])
+        found = torch.from_numpy(np.flatnonzero(values >= threshold.numpy()))
     else:
         threshold = torch.topk(flat, count, sorted=False).values.min()
-    mask = flat > threshold
-    ties = torch.nonzero(flat == threshold).reshape(-1)
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask.reshape(score.shape)
+        found = torch.nonzero(flat >= threshold).reshape(-1)
+    surplus = found.numel() - count
+    if surplus:
+        tied = torch.nonzero(flat[found] == threshold).reshape(-1)
+        keep = torch.ones_like(found, dtype=torch.bool)
+        keep[tied[tied.numel() - surplus :]] = False
+        found = found[keep]
+    return found
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """Boolean mask of the entries that `top` finds, in the shape of `score`."""
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    mask[top(score, count)] = True
+    return mask.view(score.shape)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .coding import Raw, Support
-from .order import largest
-from .part import Field, Ops, Part, check_value_dtype, rounded, working
+from .order import top
+from .part import Coding, Field, Ops, Part, check_value_dtype, rounded, working
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,15 @@ def gains(w: Tensor, importance: Tensor | None, value_dtype: torch.dtype | None)
     return gain if importance is None else gain * importance
 
 
+def weighed(part: object, mu: float | None) -> float:
+    """μ, which a penalty form cannot do without."""
+    if mu is None:
+        raise ValueError(
+            f"{part} weighs a penalty against the distance to w, so `project` needs `mu`."
+        )
+    return mu
+
+
 class SparseForm(Part[SparseState]):
     """What all forms of sparsity share: how a chosen support is rebuilt and written."""
 
@@ -52,13 +61,18 @@ class SparseForm(Part[SparseState]):
     def free(self) -> tuple[str, ...]:
         return ("values",)
 
-    def keep(self, w: Tensor, mask: Tensor) -> SparseState:
-        """The state with `w`'s values where `mask` holds; zeros are not stored, they would gain
-        nothing.
+    def keep(self, w: Tensor, positions: Tensor) -> SparseState:
+        """The state with `w`'s values at ascending positions (k,) of the flattened weights; zeros
+        are not stored, they would gain nothing.
         """
-        values = rounded(w, w.dtype, self.value_dtype).reshape(-1)
-        positions = torch.nonzero(mask.reshape(-1) & (values != 0)).reshape(-1)
-        return SparseState(positions, values[positions], w.shape)
+        values = rounded(w.reshape(-1)[positions], w.dtype, self.value_dtype)
+        if not bool(values.all()):
+            positions, values = positions[values != 0], values[values != 0]
+        return SparseState(positions, values, w.shape)
+
+    def coding(self, shape: torch.Size) -> Coding:
+        """How positions in weights of this shape are written."""
+        return Support(math.prod(shape))
 
     def reconstruct(self, state: SparseState) -> Tensor:
         zeros = state.values.new_zeros(math.prod(state.shape))
@@ -67,7 +81,7 @@ class SparseForm(Part[SparseState]):
     def encode(self, state: SparseState) -> dict[str, Field]:
         stored = self.value_dtype or state.values.dtype
         return {
-            "positions": Field(state.positions, Support(math.prod(state.shape))),
+            "positions": Field(state.positions, self.coding(state.shape)),
             "values": Field(state.values.to(stored), Raw(stored)),
         }
 
@@ -133,7 +147,11 @@ class Sparse(SparseForm):
     ) -> SparseState:
         plain = importance is None and self.value_dtype is None
         score = working(w).abs() if plain else gains(w, importance, self.value_dtype)
-        return self.keep(w, largest(score, self.budget(w.numel())))
+        return self.keep(w, self.select(score))
+
+    def select(self, score: Tensor) -> Tensor:
+        """Positions, ascending, of the entries of largest score that the budget allows."""
+        return top(score, self.budget(score.numel()))
 
     def admits(self, state: SparseState) -> bool:
         return state.positions.numel() <= self.budget(math.prod(state.shape))
@@ -169,12 +187,8 @@ class SparsePenalty(SparseForm):
     def solve(
         self, w: Tensor, warm: SparseState | None, mu: float | None, importance: Tensor | None
     ) -> SparseState:
-        if mu is None:
-            raise ValueError(
-                f"SparsePenalty(alpha={self.alpha}) weighs a penalty against the distance to w, "
-                "so `project` needs `mu`."
-            )
-        return self.keep(w, gains(w, importance, self.value_dtype) * (mu / 2) > self.alpha)
+        kept = gains(w, importance, self.value_dtype) * (weighed(self, mu) / 2) > self.alpha
+        return self.keep(w, torch.nonzero(kept.reshape(-1)).reshape(-1))
 
     def penalty(self, state: SparseState) -> float:
         return self.alpha * state.positions.numel()

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lc_compress import Binary, FixedCodebook, KMeans, Matrix, Sparse, SparsePenalty, Vector, joint
+from lc_compress import (
+    Binary,
+    FixedCodebook,
+    KMeans,
+    LowRank,
+    Matrix,
+    Sparse,
+    SparsePenalty,
+    Vector,
+    joint,
+)
 from lc_compress.binary import BinaryState
 from lc_compress.part import squared_error
 
@@ -129,9 +139,9 @@ def test_weighted_pair_is_never_worse_than_its_warm_start_or_one_term(part) -> N
 
 
 def test_a_rounded_scale_is_not_claimed_to_be_exact() -> None:
-    # two windows tie, and bfloat16 can hold the mean of the other one only
+    # two windows almost tie, and bfloat16 can hold the mean of the worse one only
     step = 2.0**-7
-    w = torch.tensor([1 - 0.85 * step, 1 - 1.15 * step, 1 - 0.55 * step], dtype=torch.float64)
+    w = torch.tensor([1 - 0.85 * step, 1 - 1.15 * step, 1 - 0.551 * step], dtype=torch.float64)
     assert not (Binary(value_dtype=torch.bfloat16) + SparsePenalty(0.1)).exact
     part = Binary(value_dtype=torch.bfloat16) + Sparse(nonzeros=1)
     assert not part.exact
@@ -140,3 +150,16 @@ def test_a_rounded_scale_is_not_claimed_to_be_exact() -> None:
     warm = binary, Sparse(nonzeros=1).project(w - Binary().reconstruct(binary))
     assert part.objective(w, part.project(w)) > 2 * part.objective(w, warm)
     assert part.objective(w, part.project(w, warm)) == part.objective(w, warm)
+
+
+def test_an_exact_pair_goes_before_a_local_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joint.registry, "_table", dict(joint.registry._table))
+
+    @joint.register(LowRank, Sparse, exact=lambda a, b: False)
+    def local(a, b, w, warm, mu, importance):  # type: ignore[no-untyped-def]
+        raise AssertionError
+
+    low_rank, binary, sparse = LowRank(1), Binary(), Sparse(nonzeros=3)
+    assert [x.terms for x in (low_rank + binary + sparse).blocks] == [(0,), (1, 2)]
+    assert [x.terms for x in (binary + low_rank + sparse).blocks] == [(0, 2), (1,)]
+    assert (sparse + low_rank + KMeans(2)).blocks[0].terms == (0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import torch
@@ -79,20 +79,22 @@ class Sum(Part[States]):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The terms grouped into blocks, in written order of their first terms."""
-        free = list(range(len(self.parts)))
-        blocks: list[Block] = []
-        while free:
-            i = free.pop(0)
-            for j in free:
-                pair = joint.find(*_same_view(self.parts[i], self.parts[j]))
-                if pair is not None:
-                    free.remove(j)
-                    blocks.append(Block((i, j), pair))
-                    break
-            else:
-                blocks.append(Block((i,)))
-        return tuple(blocks)
+        """The terms grouped into blocks, in written order of their first terms.
+
+        Of several possible partners a term gets one that makes an exactly solved pair, if any.
+        """
+        pairs = []
+        for i, j in combinations(range(len(self.parts)), 2):
+            views = _same_view(self.parts[i], self.parts[j])
+            pair = joint.find(*views)
+            if pair is not None:
+                local = not pair.certain(*views, weighted=False)
+                pairs.append((local, Block((i, j), pair)))
+        chosen = {i: Block((i,)) for i in range(len(self.parts))}
+        for _, block in sorted(pairs, key=lambda found: found[0]):
+            if all(len(chosen[i].terms) == 1 for i in block.terms):
+                chosen |= dict.fromkeys(block.terms, block)
+        return tuple(dict.fromkeys(chosen.values()))
 
     def _certain(self, weighted: bool) -> bool:
         blocks = self.blocks

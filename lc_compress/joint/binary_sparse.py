@@ -108,11 +108,10 @@ def binary_sparse(
         return _correct(a, b, w, u.mean(dtype=torch.float64), mu, importance)
     low, high = extremes(u, dropped)
     shift = u.mean(dtype=torch.float64)  # centred sums lose nothing to cancellation
-    centred = u.double() - shift
     low1, low2 = _prefix(low.double() - shift)  # over the j smallest
     high1, high2 = _prefix(high.double().flip(0) - shift)  # over the κ − j largest, read backwards
-    sums = centred.sum() - low1 - high1.flip(0)
-    scatter = (centred @ centred) - low2 - high2.flip(0) - sums * sums / (n - dropped)
+    sums = -low1 - high1.flip(0)  # over the window: all of them are 0
+    scatter = -low2 - high2.flip(0) - sums * sums / (n - dropped)  # up to a constant
     scale = shift + sums[scatter.argmin()] / (n - dropped)
     if importance is not None:
         flat, h = u.double().reshape(-1), importance.double().expand(w.shape).reshape(-1)
