@@ -150,6 +150,15 @@ def test_digits_study_settings_exist(load: Callable[[str], Any]) -> None:
 # ------------------------------------------------------------------ CIFAR-10
 
 
+def test_restarts(tmp_path: Path) -> None:
+    path = tmp_path / "restarts.json"
+    run("restarts.py", "--out", path)
+    result = read(path)
+    (layer,) = result["layers"].values()
+    assert len(layer["orders"]) == 6
+    assert result["largest_ratio"] == layer["ratio"] <= 1 + 1e-6
+
+
 @pytest.mark.parametrize("gradient", ["weights", "sum"])
 def test_cifar_resnet(gradient: str, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
