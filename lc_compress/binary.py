@@ -1,7 +1,8 @@
-"""Binary and ternary weights with learned scales: {−a, a} and {−a, 0, a}, one a per block."""
+"""Binary and ternary weights: {−a, a} and {−a, 0, a}, one learned a per block or a given one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,13 +39,53 @@ def scale_ops(shape: torch.Size, scales: int, terms: int, positions: int) -> Ops
     return Ops(positions * max(rows, scales), positions * max(terms - rows, 0))
 
 
+def _check_scale(part: Binary | Ternary) -> None:
+    if part.scale is None:
+        return
+    if not (math.isfinite(part.scale) and part.scale > 0):
+        raise ValueError(f"{part}: scale must be positive and finite, or None to learn it.")
+    if (part.axis, part.group, part.value_dtype) != (None, None, None):
+        raise ValueError(
+            f"{part}: a given scale is the same everywhere and not stored, so axis, group and "
+            "value_dtype do not apply."
+        )
+
+
+def _given(scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A given scale (1,) as weights of this dtype can take it."""
+    return rounded(torch.tensor([scale], dtype=torch.float64), dtype, None).to(device)
+
+
+def _has_given(part: Binary | Ternary, scale: Tensor) -> bool:
+    """Whether the scale is the given one, or learned."""
+    if part.scale is None:
+        return True
+    return torch.equal(scale, _given(part.scale, scale.dtype, scale.device))
+
+
+def _scale_field(part: Binary | Ternary, scale: Tensor) -> dict[str, Field]:
+    if part.scale is not None:
+        return {}
+    stored = part.value_dtype or scale.dtype
+    return {"scale": Field(scale.to(stored), Raw(stored))}
+
+
+def _stored_scale(
+    part: Binary | Ternary, arrays: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if part.scale is not None:
+        return _given(part.scale, dtype, device)
+    return arrays["scale"].to(dtype)
+
+
 @dataclass(frozen=True)
 class Binary(Part[BinaryState]):
     """Weights of one magnitude per block, with free signs: 1 bit per weight.
 
     Solves   min Σ h (w − a s)²   over s ∈ {−1, 1}, one a ≥ 0 per block
     exactly: s = sign(w) and a = Σ h |w| / Σ h (papers/learning-compression.md, section 3, scaled
-    binary, weighted). A zero weight is positive; a block without importance gets a = 0.
+    binary, weighted). A zero weight is positive; a block without importance gets a = 0. With a
+    `scale`, s = sign(w) is best whatever the importance.
 
     Args:
         axis: one scale per index of this axis (0: per output channel; transposed convolutions
@@ -52,22 +93,26 @@ class Binary(Part[BinaryState]):
         group: one scale per `group` consecutive weights of the flattened tensor, the last group
             possibly shorter. With neither, one scale for the tensor.
         value_dtype: how scales are stored; None: in the weights' dtype.
+        scale: a, the same for all weights and not stored, rounded to the weights' dtype; None:
+            learned.
 
     Cost: O(N). Stores N bits and the scales. Applies in N additions and one multiplication per
         output or scale.
 
     Raises:
-        ValueError: both `axis` and `group`, `group` < 1, no such axis, or a `value_dtype` that is
-            not floating point.
+        ValueError: both `axis` and `group`, `group` < 1, no such axis, a `value_dtype` that is not
+            floating point, a `scale` that is not positive and finite or comes with one of them.
     """
 
     axis: int | None = None
     group: int | None = None
     value_dtype: torch.dtype | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         check_value_dtype(self, self.value_dtype)
         Blocks(self.axis, self.group)
+        _check_scale(self)
 
     @property
     def blocks(self) -> Blocks:
@@ -83,11 +128,13 @@ class Binary(Part[BinaryState]):
 
     @property
     def free(self) -> tuple[str, ...]:
-        return ("scale",)
+        return ("scale",) if self.scale is None else ()
 
     def solve(
         self, w: Tensor, warm: BinaryState | None, mu: float | None, importance: Tensor | None
     ) -> BinaryState:
+        if self.scale is not None:
+            return BinaryState(_given(self.scale, w.dtype, w.device), w >= 0)
         u = self.blocks.split(w.abs())  # (blocks, size)
         h = self.blocks.split_importance(importance, w)
         if h is None:
@@ -101,19 +148,20 @@ class Binary(Part[BinaryState]):
         return (state.positive.to(scale.dtype) * 2 - 1) * scale  # a third of the time of `where`
 
     def encode(self, state: BinaryState) -> dict[str, Field]:
-        stored = self.value_dtype or state.scale.dtype
-        return {
-            "scale": Field(state.scale.to(stored), Raw(stored)),
-            "positive": Field(state.positive, Fixed(1), per_weight=True),
-        }
+        signs = Field(state.positive, Fixed(1), per_weight=True)
+        return {**_scale_field(self, state.scale), "positive": signs}
 
     def decode(
         self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
     ) -> BinaryState:
-        return BinaryState(arrays["scale"].to(dtype), arrays["positive"].bool().reshape(shape))
+        positive = arrays["positive"].bool().reshape(shape)
+        return BinaryState(_stored_scale(self, arrays, dtype, positive.device), positive)
 
     def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        return {"scale": torch.Size((self.blocks.count(shape),))}
+        return {name: torch.Size((self.blocks.count(shape),)) for name in self.free}
+
+    def admits(self, state: BinaryState) -> bool:
+        return _has_given(self, state.scale)
 
     def ops(self, state: BinaryState, positions: int = 1) -> Ops:
         n = state.positive.numel()
@@ -128,7 +176,8 @@ class Ternary(Part[TernaryState]):
     exactly. For a given a the best t is sign(w) where |w| > a/2, so the support is a prefix of the
     weights sorted by |w|, whatever the importance; a prefix scores (Σ h |w|)² / Σ h, and the best
     one gives a = Σ h |w| / Σ h over it (papers/learning-compression.md, section 3, scaled ternary,
-    weighted). Exact up to the rounding of a to `value_dtype`.
+    weighted). Exact up to the rounding of a to `value_dtype`. With a given `scale` only the best t
+    remains to be taken.
 
     Args, Raises: as `Binary`.
 
@@ -138,10 +187,12 @@ class Ternary(Part[TernaryState]):
     axis: int | None = None
     group: int | None = None
     value_dtype: torch.dtype | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         check_value_dtype(self, self.value_dtype)
         Blocks(self.axis, self.group)
+        _check_scale(self)
 
     @property
     def blocks(self) -> Blocks:
@@ -157,11 +208,13 @@ class Ternary(Part[TernaryState]):
 
     @property
     def free(self) -> tuple[str, ...]:
-        return ("scale",)
+        return ("scale",) if self.scale is None else ()
 
     def solve(
         self, w: Tensor, warm: TernaryState | None, mu: float | None, importance: Tensor | None
     ) -> TernaryState:
+        if self.scale is not None:
+            return self._nearest(w, _given(self.scale, w.dtype, w.device))
         u = self.blocks.split(working(w).abs())  # (blocks, size)
         h = self.blocks.split_importance(importance, w)
         if h is None:
@@ -175,7 +228,9 @@ class Ternary(Part[TernaryState]):
             zeroth = h.cumsum(1)
         mean = first / zeroth.clamp_min(torch.finfo(torch.float64).tiny)
         best = (first * mean).argmax(1, keepdim=True)  # (Σ h|w|)² / Σ h
-        scale = rounded(mean.gather(1, best).squeeze(1), w.dtype, self.value_dtype)
+        return self._nearest(w, rounded(mean.gather(1, best).squeeze(1), w.dtype, self.value_dtype))
+
+    def _nearest(self, w: Tensor, scale: Tensor) -> TernaryState:
         threshold = self.blocks.spread(working(scale) / 2, w.shape)
         kept = working(w).abs() > threshold
         return TernaryState(scale, torch.where(kept, torch.sign(w), 0).to(torch.int8))
@@ -185,20 +240,20 @@ class Ternary(Part[TernaryState]):
         return state.signs.to(scale.dtype) * scale
 
     def encode(self, state: TernaryState) -> dict[str, Field]:
-        stored = self.value_dtype or state.scale.dtype
-        return {
-            "scale": Field(state.scale.to(stored), Raw(stored)),
-            "signs": Field(state.signs + 1, Radix(3), per_weight=True),
-        }
+        signs = Field(state.signs + 1, Radix(3), per_weight=True)
+        return {**_scale_field(self, state.scale), "signs": signs}
 
     def decode(
         self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
     ) -> TernaryState:
         signs = arrays["signs"].to(torch.int8).reshape(shape) - 1
-        return TernaryState(arrays["scale"].to(dtype), signs)
+        return TernaryState(_stored_scale(self, arrays, dtype, signs.device), signs)
 
     def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        return {"scale": torch.Size((self.blocks.count(shape),))}
+        return {name: torch.Size((self.blocks.count(shape),)) for name in self.free}
+
+    def admits(self, state: TernaryState) -> bool:
+        return _has_given(self, state.scale)
 
     def ops(self, state: TernaryState, positions: int = 1) -> Ops:
         terms = int((state.signs != 0).sum())

@@ -1,17 +1,24 @@
-"""Codebooks: every weight is one of K values, learned (`KMeans`) or given (`FixedCodebook`)."""
+"""Codebooks: every weight is one of K values, learned (`KMeans`) or given (`FixedCodebook`,
+`PowersOfTwo`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .clustering import optimal_centres
 from .coding import Fixed, Raw
 from .part import Field, Ops, Part, check_value_dtype, rounded, working
+
+_COMPARED = 256  # codebooks up to this size are compared entry by entry
+_CHUNK = 1 << 16  # weights compared at once: they stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +91,11 @@ class KMeans(Part[CodebookState]):
     def solve(
         self, w: Tensor, warm: CodebookState | None, mu: float | None, importance: Tensor | None
     ) -> CodebookState:
-        x = working(w).detach().reshape(-1).cpu().numpy()
         h = None
         if importance is not None and bool(importance.any()):
-            h = importance.detach().double().expand(w.shape).reshape(-1).cpu().numpy()
-        centres = torch.from_numpy(optimal_centres(x, h, self.k)).to(w.device)
-        codebook = rounded(centres, w.dtype, self.value_dtype)
+            h = importance.detach().double().expand(w.shape).reshape(-1)
+        centres = optimal_centres(working(w).detach().reshape(-1), h, self.k)
+        codebook = rounded(torch.from_numpy(centres).to(w.device), w.dtype, self.value_dtype)
         return CodebookState(codebook, nearest(w, codebook))
 
     def reconstruct(self, state: CodebookState) -> Tensor:
@@ -143,11 +149,7 @@ class FixedCodebook(Part[CodebookState]):
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        values = [float(value) for value in self.values]
-        if not values or not all(math.isfinite(value) for value in values):
-            raise ValueError(f"{self}: values must be finite numbers, at least one.")
-        # + 0.0 turns −0.0 into 0.0
-        object.__setattr__(self, "values", tuple(sorted({value + 0.0 for value in values})))
+        object.__setattr__(self, "values", checked_values(self, self.values))
 
     @property
     def exact(self) -> bool:
@@ -187,6 +189,80 @@ class FixedCodebook(Part[CodebookState]):
         return _codebook_ops(state, len(self.values), positions)
 
 
+@dataclass(frozen=True)
+class PowersOfTwo(Part[CodebookState]):
+    """Weights that are 0 or a signed power of two, 1 at most: products are shifts.
+
+    Solves   min Σ h (w − t)²   over t ∈ {0, ±1, ±1/2, …, ±2^−c}
+    exactly, whatever the importance: the `FixedCodebook` of these values. Magnitudes from 2^−k−1 to
+    2^−k part at 1.5 · 2^−k−1, those below 2^−c at half of it (papers/learning-compression.md,
+    section 3, powers of two). For another range multiply by a learned scale:
+    `ScaledCodebook(PowersOfTwo(c).fixed.values)`.
+
+    Args:
+        c: the least magnitude is 2^−c, from 0 to 126.
+
+    State, Cost: as `FixedCodebook`; stores N ceil(log2(2 c + 3)) bits.
+
+    Raises:
+        ValueError: `c` outside 0 to 126.
+    """
+
+    c: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.c <= 126:
+            raise ValueError(f"{self}: c must be from 0 to 126.")
+
+    @property
+    def fixed(self) -> FixedCodebook:
+        """The same part as a list of values."""
+        powers = [2.0**-k for k in range(self.c + 1)]
+        return FixedCodebook((0.0, *powers, *(-power for power in powers)))
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    @property
+    def exact_weighted(self) -> bool:
+        return True
+
+    def solve(
+        self, w: Tensor, warm: CodebookState | None, mu: float | None, importance: Tensor | None
+    ) -> CodebookState:
+        return self.fixed.solve(w, warm, mu, importance)
+
+    def reconstruct(self, state: CodebookState) -> Tensor:
+        return self.fixed.reconstruct(state)
+
+    def encode(self, state: CodebookState) -> dict[str, Field]:
+        return self.fixed.encode(state)
+
+    def decode(
+        self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> CodebookState:
+        return self.fixed.decode(arrays, shape, dtype)
+
+    def admits(self, state: CodebookState) -> bool:
+        return self.fixed.admits(state)
+
+    def ops(self, state: CodebookState, positions: int = 1) -> Ops:
+        return self.fixed.ops(state, positions)
+
+
+def checked_values(part: object, values: Iterable[float]) -> tuple[float, ...]:
+    """The values of a codebook, sorted and without repeats.
+
+    Raises:
+        ValueError: no value, or one that is NaN or inf.
+    """
+    numbers = [float(value) for value in values]
+    if not numbers or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{part}: values must be finite numbers, at least one.")
+    return tuple(sorted({number + 0.0 for number in numbers}))  # + 0.0 turns −0.0 into 0.0
+
+
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """Codes, of x's shape, of the nearest entries of an ascending codebook (K,).
 
@@ -194,8 +270,31 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """
     c = codebook.double()
     middles = c[:-1] / 2 + c[1:] / 2  # halved before the sum: it may overflow
+    if x.device.type == "cpu" and codebook.numel() <= _COMPARED:
+        x = working(x).contiguous()
+        return torch.from_numpy(_count_below(x.numpy().reshape(-1), middles.numpy())).view(x.shape)
     codes = torch.bucketize(x.double().contiguous(), middles, out_int32=True)
     return codes.to(torch.uint8 if codebook.numel() <= 256 else torch.int64)
+
+
+def _count_below(
+    x: npt.NDArray[np.floating], limits: npt.NDArray[np.float64]
+) -> npt.NDArray[np.uint8]:
+    """How many limits are below each x: a vectorised comparison for each limit is faster than a
+    search for each x.
+    """
+    # x is above a limit if it is above the largest number of its own type that is not
+    own = limits.astype(x.dtype)
+    own = np.where(own > limits, np.nextafter(own, -np.inf, dtype=x.dtype), own)
+    counts = np.zeros(x.size, dtype=np.uint8)
+    above = np.empty(min(x.size, _CHUNK), dtype=bool)
+    for a in range(0, x.size, _CHUNK):
+        piece, count = x[a : a + _CHUNK], counts[a : a + _CHUNK]
+        here = above[: piece.size]
+        for limit in own:
+            np.greater(piece, limit, out=here)
+            np.add(count, here.view(np.uint8), out=count)
+    return counts
 
 
 def _code(k: int) -> Fixed:

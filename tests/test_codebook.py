@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lc_compress import clustering as module
-from lc_compress.codebook import CodebookState, FixedCodebook, KMeans, nearest
+from lc_compress.codebook import CodebookState, FixedCodebook, KMeans, PowersOfTwo, nearest
 from lc_compress.coding import Fixed
 from lc_compress.part import Part, squared_error
 
@@ -289,6 +289,43 @@ def test_a_fixed_codebook_is_not_stored(dtype: torch.dtype) -> None:
     one = FixedCodebook((0.25,))
     assert one.bits(one.project(w)) == 0
     assert bool((one.reconstruct(one.project(w)) == 0.25).all())
+
+
+def test_powers_of_two_part_at_the_midpoints() -> None:
+    part = PowersOfTwo(3)
+    assert part.fixed.values == (-1, -0.5, -0.25, -0.125, 0, 0.125, 0.25, 0.5, 1)
+    for k in range(3):
+        edge = 1.5 * 2.0 ** -(k + 1)
+        w = torch.tensor(
+            [edge - 1e-9, edge + 1e-9, -edge + 1e-9, -edge - 1e-9], dtype=torch.float64
+        )
+        low, high = 2.0 ** -(k + 1), 2.0**-k
+        assert part.reconstruct(part.project(w)).tolist() == [low, high, -low, -high]
+    far = torch.tensor([9.0, -1e30, 0.0626, 0.0624, -0.0624, 0.0])
+    assert part.reconstruct(part.project(far)).tolist() == [1, -1, 0.125, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("c", "bits"), [(0, 2), (1, 3), (2, 3), (3, 4), (6, 4), (7, 5), (126, 8)])
+def test_powers_of_two_are_a_fixed_codebook(
+    c: int, bits: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    part = PowersOfTwo(c)
+    assert len(part.fixed.values) == 2 * c + 3
+    w = torch.randn(5, 7, generator=generator).to(dtype)
+    state = part.project(w, importance=torch.rand(5, 7, generator=generator))
+    assert torch.equal(part.reconstruct(state), part.fixed.reconstruct(part.fixed.project(w)))
+    assert part.bits(state) == 35 * bits == 35 * math.ceil(math.log2(2 * c + 3))
+    again = part.decode({"codes": state.codes}, w.shape, dtype)
+    assert torch.equal(part.reconstruct(again), part.reconstruct(state))
+    assert part.admits(state) and not PowersOfTwo(c + 1 if c < 126 else 0).admits(state)
+    assert part.exact and part.exact_weighted and part.free == ()
+    assert part.ops(state, 3) == part.fixed.ops(state, 3)
+
+
+@pytest.mark.parametrize("c", [-1, 127])
+def test_the_least_power_is_checked(c: int) -> None:
+    with pytest.raises(ValueError, match="c must be from 0 to 126"):
+        PowersOfTwo(c)
 
 
 def test_nearest_takes_the_lower_code_in_a_tie() -> None:
