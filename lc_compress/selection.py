@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .compose import Each, Over, Sum, Then, bound
 from .low_rank import LowRank
 from .part import Part
+from .rank_selection import RankSelection
 
 Pattern: TypeAlias = str | Callable[[str, Tensor], bool]
 
@@ -285,4 +286,4 @@ def has_low_rank(part: Part[Any]) -> bool:
         return has_low_rank(part.outer)
     if isinstance(part, Over | Each):
         return has_low_rank(part.part)
-    return isinstance(part, LowRank)
+    return isinstance(part, LowRank | RankSelection)

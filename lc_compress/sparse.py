@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,14 @@ def gains(w: Tensor, importance: Tensor | None, value_dtype: torch.dtype | None)
     r = x if value_dtype is None else rounded(w, w.dtype, value_dtype).double()
     gain = r * (2 * x - r)
     return gain if importance is None else gain * importance
+
+
+def where(mask: Tensor) -> Tensor:
+    """Positions, ascending, at which the flattened mask holds."""
+    flat = mask.reshape(-1)
+    if flat.device.type == "cpu":  # an eighth of the time of torch's
+        return torch.from_numpy(np.flatnonzero(flat.numpy()))
+    return torch.nonzero(flat).reshape(-1)
 
 
 def weighed(part: object, mu: float | None) -> float:
@@ -188,7 +197,7 @@ class SparsePenalty(SparseForm):
         self, w: Tensor, warm: SparseState | None, mu: float | None, importance: Tensor | None
     ) -> SparseState:
         kept = gains(w, importance, self.value_dtype) * (weighed(self, mu) / 2) > self.alpha
-        return self.keep(w, torch.nonzero(kept.reshape(-1)).reshape(-1))
+        return self.keep(w, where(kept))
 
     def penalty(self, state: SparseState) -> float:
         return self.alpha * state.positions.numel()

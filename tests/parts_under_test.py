@@ -10,13 +10,20 @@ from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from lc_compress.binary import Binary, Ternary
-from lc_compress.codebook import FixedCodebook, KMeans
+from lc_compress.codebook import FixedCodebook, KMeans, PowersOfTwo
 from lc_compress.compose import each
+from lc_compress.formats import Int
+from lc_compress.l1 import L1Ball, L1Penalty
 from lc_compress.low_rank import LowRank
+from lc_compress.nm import NM
+from lc_compress.rank_selection import RankSelection
+from lc_compress.scaled import ScaledCodebook
 from lc_compress.sparse import Sparse, SparsePenalty
+from lc_compress.structured import BlockPenalty, BlockSparse, GroupL2Penalty
 from lc_compress.testing import (
     Brute,
     Case,
@@ -150,6 +157,146 @@ def spectrum(rank: int, show: Callable[[Tensor], Tensor] = lambda w: w) -> Brute
     return least
 
 
+Cost = Callable[[Tensor], Tensor]  # what is not zero, (rows, *shape) -> (rows,); inf: not allowed
+
+
+def supports(cost: Cost, fit: Fit | None = None, levels: int = 0) -> Brute:
+    """The least objective over all supports; on one every weight is kept, or takes one of the
+    levels of `fit`, which has a class of zeros after them.
+    """
+    inner = fit or fixed(0)
+
+    def least(w: Tensor, importance: Tensor, mu: float) -> float:
+        classes = assignments(w.numel(), levels + 1 if levels else 2)
+        kept = classes < levels if levels else classes == 1
+        h = importance.flatten() * (torch.ones_like(kept) if levels else ~kept)
+        error = inner(w.flatten(), h, classes if levels else torch.zeros_like(classes))
+        return float((mu / 2 * error + cost(kept.view(-1, *w.shape))).min())
+
+    return least
+
+
+def within(count: Tensor, budget: int) -> Tensor:
+    return torch.where(count <= budget, 0.0, torch.inf)
+
+
+def at_most(nonzeros: int) -> Cost:
+    return lambda kept: within(kept.flatten(1).sum(1), nonzeros)
+
+
+def n_of_m(n: int, m: int, axis: int = -1) -> Cost:
+    return lambda kept: torch.stack(
+        [within(g.sum(axis, True), n).flatten(1).sum(1) for g in kept.split(m, axis)]
+    ).sum(0)
+
+
+def row_count(kept: Tensor) -> Tensor:
+    """How many rows are not zero."""
+    return kept.flatten(2).any(2).sum(1)
+
+
+def l1_ball(radius: float, *levels: float) -> Brute:
+    """All codes and, for what they leave, all supports of θ: on the best one the norm is the
+    radius, unless all of it is inside. Weights without importance are left out.
+    """
+
+    def least(w: Tensor, importance: Tensor, mu: float) -> float:
+        counts = importance.flatten() > 0
+        w, h = w.flatten()[counts], importance.flatten()[counts]
+        codes = torch.tensor(levels or (0.0,), dtype=torch.float64)
+        d = (w - codes[assignments(w.numel(), codes.numel())]).abs()  # (codes, n)
+        best = torch.where(d.sum(1) <= radius, 0.0, (h * d**2).sum(1))
+        for support in assignments(w.numel(), 2)[1:].bool():
+            inside = d[:, support]
+            shrink = 1 / h[support]
+            theta = inside - ((inside.sum(1, True) - radius) / shrink.sum()) * shrink
+            error = (h * d**2).sum(1) - (h[support] * (inside**2 - (inside - theta) ** 2)).sum(1)
+            best = torch.where((theta >= 0).all(1), torch.minimum(best, error), best)
+        return mu / 2 * float(best.min())
+
+    return least
+
+
+def l1_penalty(alpha: float, *levels: float) -> Brute:
+    """All codes; each θ is zero or a stationary point on its weight's side."""
+
+    def least(w: Tensor, importance: Tensor, mu: float) -> float:
+        w, h = w.flatten(), importance.flatten() * mu
+        codes = torch.tensor(levels or (0.0,), dtype=torch.float64)
+        d = (w - codes[assignments(w.numel(), codes.numel())]).abs()
+        theta = d - alpha / h
+        cost = torch.where(theta > 0, alpha**2 / h / 2 + alpha * theta, torch.inf)
+        return float(torch.minimum(h / 2 * d**2, cost).sum(1).min())
+
+    return least
+
+
+def group_l2(alpha: float) -> Brute:
+    """For each row the least over t of the price written as α √n (‖θ‖²/t + t)/2, quadratic in θ."""
+
+    def least(w: Tensor, importance: Tensor, mu: float) -> float:
+        total = 0.0
+        for row, weights in zip(w, importance * mu, strict=True):
+            price, a = alpha * row.numel() ** 0.5, weights * row**2
+            if price == 0:
+                continue
+
+            def value(t: float, h: Tensor = weights, a: Tensor = a, price: float = price) -> float:
+                return float((a * price / (h * t + price)).sum() + price * t) / 2
+
+            high = max(float(row.norm()), 1e-300)
+            found = minimize_scalar(
+                value, bounds=(0, high), method="bounded", options={"xatol": 1e-13 * high}
+            )
+            total += min(float(found.fun), value(0.0), value(high))
+        return total
+
+    return least
+
+
+def priced_spectrum(
+    alpha: float,
+    cost: Callable[[int, int, int], float],
+    *shows: Callable[[Tensor], Tensor],
+) -> Brute:
+    """The least price plus tail of the spectrum over all ranks and schemes; as `spectrum`."""
+
+    def least(w: Tensor, importance: Tensor, mu: float) -> float | None:
+        h = importance.flatten()
+        if not bool((h == h[0]).all()):
+            return None
+        values = []
+        for matrix in [show(w) for show in shows]:
+            s = torch.linalg.svdvals(matrix)
+            for r in range(len(s) + 1):
+                tail = float((s[r:] ** 2).sum() * h[0])
+                values.append(mu / 2 * tail + alpha * cost(r, *matrix.shape))
+        return min(values)
+
+    return least
+
+
+def as_it_is(w: Tensor) -> Tensor:
+    return w
+
+
+def as_rows(w: Tensor) -> Tensor:
+    return w.flatten(1)
+
+
+def as_kernels(w: Tensor) -> Tensor:
+    return w.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def stored(rank: int, rows: int, columns: int) -> float:
+    return rank * (rows + columns)
+
+
+def stairs(rank: int, rows: int, columns: int) -> float:
+    """A cost with steps, as measured times have: ranks of odd size gain nothing."""
+    return 3 + (rank + 1) // 2 * (rows + columns)
+
+
 binary = brute(scaled(-1, 1), 2)
 ternary = brute(scaled(-1, 0, 1), 3)
 
@@ -232,6 +379,31 @@ LEAVES = [
     ),
     *(
         Case(
+            RankSelection(alpha),
+            symmetries=(negate, permute_axes, rotate),
+            brute=priced_spectrum(alpha, stored, as_it_is),
+            brute_shape=(4, 5),
+            mu=mu,
+        )
+        for alpha, mu in ((0.1, 2.0), (0.0, 1.0), (9.0, 1.0))
+    ),
+    Case(
+        RankSelection(0.1, cost=stairs),
+        brute=priced_spectrum(0.1, stairs, as_it_is),
+        brute_shape=(4, 5),
+        mu=2.0,
+    ),
+    Case(
+        RankSelection(0.02, cost="flops", positions=3, schemes=(Matrix(), KernelMatrix())),
+        shapes=KERNELS,
+        symmetries=(negate, permute_axes),
+        brute=priced_spectrum(0.06, stored, as_rows, as_kernels),
+        brute_shape=(2, 3, 2, 2),
+        mu=2.0,
+    ),
+    Case(RankSelection(0.1, value_dtype=BF16), mu=2.0, value_dtype=BF16),
+    *(
+        Case(
             Sparse(nonzeros=count),
             cone=True,
             symmetries=ANY_SIGN,
@@ -259,6 +431,216 @@ LEAVES = [
             mu=mu,
         )
         for alpha, mu in ((0.3, 2.0), (0.1, 0.5), (5.0, 1.0))
+    ),
+]
+
+LEAVES += [
+    *(
+        Case(
+            L1Ball(radius),
+            symmetries=(permute, flip_signs),
+            brute=l1_ball(radius),
+            brute_shape=SMALL,
+        )
+        for radius in (0.0, 1.5, 999.0)
+    ),
+    Case(
+        L1Ball(1.5, value_dtype=BF16),
+        symmetries=(permute, flip_signs),
+        brute=l1_ball(1.5),
+        brute_shape=SMALL,
+        value_dtype=BF16,
+    ),
+    *(
+        Case(
+            L1Penalty(alpha, value_dtype=stored),
+            symmetries=(permute, flip_signs),
+            brute=l1_penalty(alpha),
+            mu=mu,
+            value_dtype=stored,
+        )
+        for alpha, mu, stored in (
+            (0.3, 2.0, None),
+            (0.1, 0.5, None),
+            (0.0, 1.0, None),
+            (0.3, 2.0, BF16),
+        )
+    ),
+    *(
+        Case(
+            NM(n, m),
+            cone=True,
+            symmetries=(negate, flip_signs, rescale),
+            brute=supports(n_of_m(n, m)),
+        )
+        for n, m in ((2, 4), (1, 3), (0, 2), (2, 2), (3, 40))
+    ),
+    Case(
+        NM(1, 2, axis=0),
+        cone=True,
+        symmetries=(negate, flip_signs, rescale),
+        brute=supports(n_of_m(1, 2, 1)),
+        brute_shape=(4, 1),
+    ),
+    Case(
+        NM(2, 4, axis=1),
+        shapes=KERNELS,
+        cone=True,
+        symmetries=(negate, flip_signs, rescale),
+    ),
+    Case(
+        NM(2, 4, value_dtype=BF16),
+        symmetries=(negate, flip_signs, rescale),
+        brute=supports(n_of_m(2, 4)),
+        value_dtype=BF16,
+    ),
+    *(
+        Case(
+            BlockSparse(blocks=count, axis=0),
+            cone=True,
+            symmetries=(permute_axes, negate, flip_signs, rescale),
+            brute=supports(lambda kept, count=count: within(row_count(kept), count)),
+        )
+        for count in (0, 1, 99)
+    ),
+    Case(
+        BlockSparse(density=0.5, axis=-1),
+        cone=True,
+        symmetries=(permute_axes, negate, flip_signs, rescale),
+    ),
+    Case(BlockSparse(blocks=2, axis=1), shapes=KERNELS, cone=True, symmetries=(negate, rescale)),
+    *(
+        Case(
+            BlockSparse(blocks=3, block=block),
+            cone=True,
+            symmetries=(negate, flip_signs, rescale),
+        )
+        for block in ((2, 4), (4, 3))
+    ),
+    Case(
+        BlockSparse(blocks=1, axis=0, value_dtype=BF16),
+        symmetries=(permute_axes, flip_signs),
+        brute=supports(lambda kept: within(row_count(kept), 1)),
+        value_dtype=BF16,
+    ),
+    Case(
+        BlockSparse(blocks=2, axis=0, shapes=(torch.Size((2, 3)), torch.Size((3, 2, 2)))),
+        shapes=((18,),),
+        cone=True,
+        symmetries=(negate, flip_signs, rescale),
+    ),
+    Case(
+        BlockPenalty(0.9, axis=0),
+        cone=True,
+        symmetries=(permute_axes, flip_signs),
+        brute=supports(lambda kept: 0.9 * row_count(kept)),
+        mu=1.0,
+    ),
+    *(
+        Case(
+            GroupL2Penalty(alpha, axis=0),
+            symmetries=(permute_axes, flip_signs),
+            brute=group_l2(alpha),
+            mu=2.0,
+        )
+        for alpha in (0.0, 0.4)
+    ),
+    Case(GroupL2Penalty(0.3, block=(4, 3), value_dtype=BF16), mu=1.0, value_dtype=BF16),
+]
+
+SKEWED = (-1.0, 0.25, 0.5)
+EACH_ROW = (permute_axes, negate, flip_signs, rescale)
+
+
+def zero_points(top: int) -> Brute:
+    """Integers from −z to top − z times a scale, with the best z."""
+    choices = [brute(scaled(*range(-z, top - z + 1)), top + 1) for z in range(top + 1)]
+    return lambda w, h, mu: min(value for b in choices if (value := b(w, h, mu)) is not None)
+
+
+LEAVES += [
+    Case(
+        Binary(scale=0.5),
+        symmetries=(permute, negate, flip_signs),
+        brute=brute(fixed(-0.5, 0.5), 2),
+    ),
+    Case(
+        Ternary(scale=0.75),
+        symmetries=(permute, negate, flip_signs),
+        brute=brute(fixed(-0.75, 0, 0.75), 3),
+    ),
+    Case(
+        PowersOfTwo(1),
+        symmetries=(permute, negate, flip_signs),
+        brute=brute(fixed(-1, -0.5, 0, 0.5, 1), 5),
+        brute_shape=SMALL,
+    ),
+    Case(ScaledCodebook(SKEWED), cone=True, symmetries=ANY_ORDER, brute=brute(scaled(*SKEWED), 3)),
+    Case(
+        Int(3, axis=0),
+        cone=True,
+        symmetries=EACH_ROW,
+        brute=blockwise(brute(scaled(*range(-3, 4)), 7), rows),
+        brute_shape=SMALL,
+    ),
+    Case(
+        Int(2, symmetric=False),
+        cone=True,
+        symmetries=ANY_ORDER,
+        brute=zero_points(3),
+        brute_shape=SMALL,
+    ),
+    Case(Int(4, scale="max"), symmetries=ANY_SIGN),
+    *(
+        slow(case)
+        for case in (
+            Case(
+                ScaledCodebook((-3.0, -1.0, 1.0, 3.0), axis=0),
+                cone=True,
+                symmetries=EACH_ROW,
+                brute=blockwise(brute(scaled(-3, -1, 1, 3), 4), rows),
+            ),
+            Case(
+                ScaledCodebook((0.5, 1.0, 2.0), group=5),
+                cone=True,
+                symmetries=(negate, rescale),
+                brute=blockwise(brute(scaled(0.5, 1, 2), 3), fives),
+            ),
+            Case(
+                ScaledCodebook(SKEWED, value_dtype=BF16),
+                cone=True,
+                symmetries=ANY_ORDER,
+                brute=brute(scaled(*SKEWED), 3),
+                value_dtype=BF16,
+            ),
+            Case(
+                ScaledCodebook((-0.3,)),
+                cone=True,
+                symmetries=ANY_ORDER,
+                brute=brute(scaled(-0.3), 1),
+            ),
+            Case(ScaledCodebook((0.0,)), cone=True, brute=brute(scaled(0), 1)),
+            Case(Int(2), cone=True, symmetries=ANY_SIGN, brute=ternary),
+            Case(
+                Int(3, group=5),
+                cone=True,
+                symmetries=(negate, flip_signs, rescale),
+                brute=blockwise(brute(scaled(*range(-3, 4)), 7), fives),
+                brute_shape=(1, 4),
+            ),
+            Case(
+                Int(2, symmetric=False, axis=0),
+                cone=True,
+                symmetries=(permute_axes, negate, rescale),
+                brute=blockwise(zero_points(3), rows),
+            ),
+            Case(Int(4, symmetric=False, group=5), cone=True, symmetries=(negate, rescale)),
+            Case(Int(8), cone=True, symmetries=ANY_SIGN),
+            Case(Int(4, value_dtype=BF16), cone=True, symmetries=ANY_SIGN, value_dtype=BF16),
+            Case(Int(8, symmetric=False), symmetries=(permute, rescale)),
+            Case(Int(12), symmetries=ANY_SIGN),
+            Case(Int(4, symmetric=False, axis=0, scale="max"), symmetries=(permute_axes, rescale)),
+        )
     ),
 ]
 
@@ -314,10 +696,36 @@ SUMS = [
         )
     ),
     slow(Case(LowRank(1) + Sparse(nonzeros=5), symmetries=(rescale,))),
+    slow(Case(Sparse(density=0.2, value_dtype=BF16) + LowRank(2), value_dtype=BF16)),
+    slow(Case(LowRank(2, value_dtype=BF16) + Sparse(nonzeros=9), value_dtype=BF16)),
+    slow(Case(LowRank(2) + SparsePenalty(0.3), mu=2.0)),
+    slow(Case(RankSelection(0.1) + Sparse(nonzeros=5), mu=2.0)),
     slow(Case(Binary() + LowRank(2), symmetries=(rescale,))),
     slow(Case(Binary() + LowRank(1) + Sparse(nonzeros=3), symmetries=(rescale,))),
     slow(Case(Binary() + LowRank(1) + SparsePenalty(0.3), mu=2.0)),
     slow(Case(Binary() + LowRank(2).then(KMeans(4)) + Sparse(nonzeros=2), symmetries=(rescale,))),
+]
+
+SUMS += [
+    Case(
+        FixedCodebook(CODEBOOK) + L1Ball(0.7),
+        symmetries=(permute,),
+        brute=l1_ball(0.7, *CODEBOOK),
+        brute_shape=(2, 2),
+    ),
+    Case(
+        L1Penalty(0.2) + FixedCodebook(CODEBOOK),
+        symmetries=(permute,),
+        brute=l1_penalty(0.2, *CODEBOOK),
+        brute_shape=SMALL,
+        mu=2.0,
+    ),
+    Case(FixedCodebook(CODEBOOK) + NM(1, 3)),
+    Case(FixedCodebook(CODEBOOK) + BlockSparse(blocks=2, axis=0), symmetries=(permute_axes,)),
+    Case(FixedCodebook(CODEBOOK) + GroupL2Penalty(0.1, axis=0), mu=2.0),
+    Case(Binary() + NM(1, 4), symmetries=(flip_signs, rescale)),
+    slow(Case(Binary() + L1Penalty(0.3), mu=2.0)),
+    slow(Case(Binary() + BlockSparse(blocks=2, axis=0), symmetries=(rescale,))),
 ]
 
 COMPOSED = [
@@ -326,6 +734,7 @@ COMPOSED = [
     Case(Sparse(nonzeros=10).then(Binary(group=5)), symmetries=(negate, flip_signs, rescale)),
     Case(SparsePenalty(0.3).then(KMeans(2)), mu=2.0),
     Case(LowRank(2).then(KMeans(4)), symmetries=(rescale,)),
+    Case(RankSelection(0.1).then(KMeans(4)), mu=2.0),
     Case(Binary(axis=0).then(KMeans(2)), symmetries=(negate, flip_signs, rescale)),
     Case(
         LowRank(1).over(Matrix()),
@@ -346,6 +755,13 @@ COMPOSED = [
     slow(
         Case(
             LowRank(1).over(KernelMatrix()) + Binary() + Sparse(nonzeros=3),
+            shapes=KERNELS,
+            symmetries=(rescale,),
+        )
+    ),
+    slow(
+        Case(
+            LowRank(1).over(Matrix()) + LowRank(1).over(KernelMatrix()),
             shapes=KERNELS,
             symmetries=(rescale,),
         )
@@ -381,6 +797,73 @@ COMPOSED = [
             symmetries=(rescale,),
         )
     ),
+]
+
+COMPOSED += [
+    *(
+        Case(
+            Sparse(nonzeros=3).then(inner),
+            cone=True,
+            symmetries=ANY_SIGN,
+            brute=supports(at_most(3), scaled(-1, 1, 0), 2),
+        )
+        for inner in (Binary(), Ternary())
+    ),
+    *(
+        Case(
+            NM(1, 3).then(inner),
+            cone=True,
+            symmetries=(negate, flip_signs, rescale),
+            brute=supports(n_of_m(1, 3), scaled(-1, 1, 0), 2),
+        )
+        for inner in (Binary(), Ternary())
+    ),
+    *(
+        Case(
+            outer.then(FixedCodebook(levels)),
+            brute=supports(cost, fixed(*levels, 0.0), len(levels)),
+            brute_shape=shape,
+        )
+        for levels in (CODEBOOK, (-0.75, 0.5))
+        for outer, cost, shape in (
+            (Sparse(nonzeros=2), at_most(2), SMALL),
+            (NM(1, 2), n_of_m(1, 2), SMALL),
+        )
+    ),
+    Case(Sparse(nonzeros=10).then(Ternary(group=5)), symmetries=(negate, flip_signs, rescale)),
+    Case(
+        NM(2, 4).then(Binary(axis=0)),
+        cone=True,
+        symmetries=(negate, flip_signs, rescale),
+        brute=blockwise(supports(n_of_m(2, 4), scaled(-1, 1, 0), 2), rows),
+    ),
+    Case(NM(2, 4).then(KMeans(4)), symmetries=(negate, rescale)),
+    Case(BlockSparse(blocks=3, block=(4, 3)).then(KMeans(4)), symmetries=(negate, rescale)),
+    Case(each(NM(2, 4), shapes=((2, 3), (3, 3))), shapes=((15,),), cone=True),
+]
+
+SUMS += [
+    slow(Case(Int(3, axis=0) + Sparse(nonzeros=3), symmetries=(rescale,))),
+    Case(
+        Binary(scale=0.5) + Sparse(nonzeros=3),  # residuals of tiny weights tie: not `permute`
+        symmetries=(flip_signs,),
+        brute=brute(fixed(-0.5, 0.5), 2, nonzeros=3),
+    ),
+    Case(
+        SparsePenalty(0.1) + Ternary(scale=0.75),
+        symmetries=(permute, flip_signs),
+        brute=brute(fixed(-0.75, 0, 0.75), 3, alpha=0.1),
+        brute_shape=SMALL,
+        mu=4.0,
+    ),
+    Case(PowersOfTwo(1) + NM(1, 3)),
+]
+
+COMPOSED += [
+    slow(Case(Sparse(nonzeros=10).then(Int(3, group=5)), symmetries=(negate, rescale))),
+    slow(Case(Sparse(nonzeros=10).then(Int(3, symmetric=False)), symmetries=(rescale,))),
+    slow(Case(Sparse(nonzeros=10).then(ScaledCodebook(SKEWED)), symmetries=(negate, rescale))),
+    slow(Case(LowRank(2).then(Int(8)), symmetries=(rescale,))),
 ]
 
 CASES = [*LEAVES, *SUMS, *COMPOSED]

@@ -176,7 +176,7 @@ def test_compressions_of_the_toolkit(there: str, here: str) -> None:
         return
     part = eval(here.strip("`"), names)
     assert isinstance(part, Part)
-    shape = (8, 4, 3, 3) if 'conv_scheme="' in there else (32, 40)
+    shape = (8, 4, 3, 3) if "scheme_" in there else (32, 40)
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     delta = part.reconstruct(part.project(w, mu=1.0))
     assert delta.shape == w.shape and 0 < float((w - delta).norm()) <= float(w.norm())
@@ -261,3 +261,30 @@ def test_links() -> None:
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)]+)\)", text):
             assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+# ------------------------------------------------------------------ the page of parts
+
+
+def parts_page() -> list[tuple[str, str]]:
+    """Each part named in the first column of the tables of docs/parts.md, and how exact it is."""
+    found = []
+    for line in (ROOT / "docs/parts.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if line.startswith("| `"):
+            exact = next(cell for cell in cells[1:] if cell in ("all", "h = 1", "no"))
+            found += [(code, exact) for code in re.findall(r"`([^`]+)`", cells[0])]
+    return found
+
+
+@pytest.mark.parametrize(("code", "exact"), parts_page())
+def test_parts_page(code: str, exact: str) -> None:
+    """It says the truth about exactness, and every part projects."""
+    part = eval(code, vars(lc_compress) | {"torch": torch})
+    assert isinstance(part, Part)
+    assert (part.exact, part.exact_weighted) == (exact != "no", exact == "all")
+    matrix = "LowRank(2)" in code and "over" not in code
+    shape = (16, 8) if matrix else (8, 4, 3, 3)
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    delta = part.reconstruct(part.project(w, mu=1.0))
+    assert delta.shape == w.shape and float((w - delta).norm()) < float(w.norm())

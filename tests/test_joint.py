@@ -14,10 +14,12 @@ from lc_compress import (
     Binary,
     FixedCodebook,
     KMeans,
+    L1Ball,
     LowRank,
     Matrix,
     Sparse,
     SparsePenalty,
+    Ternary,
     Vector,
     joint,
 )
@@ -97,6 +99,10 @@ def test_one_scale_per_channel_is_not_claimed_exact() -> None:
     assert not (Binary() + Sparse(nonzeros=3, value_dtype=torch.bfloat16)).exact
     assert (FixedCodebook((-1, 1)) + Sparse(nonzeros=3)).exact_weighted
     assert not (KMeans(2) + Sparse(nonzeros=3)).exact
+    # a given scale is a codebook of two values
+    assert (Binary(scale=0.1) + Sparse(nonzeros=3)).exact_weighted
+    assert (L1Ball(1.0) + Ternary(scale=0.1)).exact_weighted
+    assert not (Binary() + L1Ball(1.0)).exact
 
 
 def test_penalty_pair_needs_mu() -> None:

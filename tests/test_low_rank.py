@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from lc_compress import low_rank
 from lc_compress.low_rank import LowRank, LowRankState
 from lc_compress.part import Part, squared_error
+from lc_compress.views import KernelMatrix, Matrix
 
 DOUBLE = torch.float64
 
@@ -47,6 +50,7 @@ def test_the_error_is_the_tail_of_the_spectrum(
         state = LowRank(rank).project(w)
         r = min(rank, *shape)
         assert state.left.shape == (shape[0], r) and state.right.shape == (r, shape[1])
+        assert state.rank == r
         tail = float(s[rank:].square().sum())
         assert error(LowRank(rank), w) == pytest.approx(tail, rel=1e-5, abs=rounding**2)
 
@@ -59,6 +63,103 @@ def test_steep_spectra_keep_their_digits(generator: torch.Generator) -> None:
     for rank in range(1, 7):
         tail = float(s[rank:].square().sum())
         assert error(LowRank(rank), w) == pytest.approx(tail, rel=1e-2, abs=0)
+
+
+SPECTRA = {
+    "flat": torch.ones(96),
+    "linear": torch.linspace(1, 0.5, 96),
+    "pairs": torch.linspace(1, 0.5, 48).repeat_interleave(2),
+    "two levels": torch.tensor([1.0] * 8 + [0.999999] * 88),
+    "one large": torch.tensor([1e4] + [1.0] * 95),
+    "one huge": torch.tensor([1e9] + [1.0] * 95),
+    "slow decay": 0.98 ** torch.arange(96),
+    "decay": 0.8 ** torch.arange(96),
+    "fast decay": 0.5 ** torch.arange(96),
+    "to 1e-12": 10 ** (-12 * torch.arange(96) / 95),
+    "cliff": torch.tensor([1.0] * 24 + [1e-5] * 72),
+    "rank 8": torch.tensor([1.0] * 8 + [0.0] * 88),
+    "zero": torch.zeros(96),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_any_spectrum_is_cut_at_its_tail(
+    name: str, dtype: torch.dtype, scale: float, generator: torch.Generator
+) -> None:
+    """Large enough for the float32 Gram matrix, whose digits some spectra need more of."""
+    u = torch.linalg.qr(torch.randn(96, 96, generator=generator, dtype=DOUBLE))[0]
+    v = torch.linalg.qr(torch.randn(130, 96, generator=generator, dtype=DOUBLE))[0]
+    w = (u * SPECTRA[name].double() @ v.T * scale).to(dtype)
+    s = torch.linalg.svdvals(w.double())
+    for matrix in (w, w.T.contiguous(), w.T):
+        for rank in (1, 8, 24, 25, 95, 96):
+            state = LowRank(rank).solve(matrix, None, None, None)
+            delta = state.left.double() @ state.right.double()
+            rounding = (16 * torch.finfo(dtype).eps) ** 2 * float(s.square().sum())
+            tail = float(s[rank:].square().sum())
+            assert squared_error(matrix, delta) <= tail * (1 + 1e-6) + rounding
+
+
+def test_golden_values_of_a_large_layer() -> None:
+    """From the timings of the older toolkit (papers/learning-compression.md, section 8)."""
+    w = torch.from_numpy(
+        np.random.default_rng(0).normal(0, 0.05, (512, 512, 3, 3)).astype(np.float32)
+    )
+    for view, golden in ((Matrix(), 5287.967717), (KernelMatrix(), 5442.582215)):
+        assert error(LowRank(32), view.show(w)) == pytest.approx(golden, rel=1e-8)
+
+
+def test_ordinary_weights_never_need_the_decomposition_itself(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a full singular value decomposition")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    for dtype in (torch.bfloat16, torch.float32, DOUBLE):
+        for shape in ((16, 27), (64, 80), (100, 70), (300, 90)):
+            w = torch.randn(shape, generator=generator).to(dtype)
+            for rank in (0, 1, 8, min(shape) // 2, min(shape)):
+                LowRank(rank).project(w)
+
+
+def test_inverse_iteration_that_fails_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise low_rank.LinAlgError("3 eigenvectors failed to converge")
+
+    w = torch.randn(80, 90, generator=generator)
+    expected = error(LowRank(4), w)
+    monkeypatch.setattr(low_rank, "eigh", fails)
+    assert error(LowRank(4), w) == pytest.approx(expected, rel=1e-9)
+
+
+def test_autocast_does_not_cost_digits(generator: torch.Generator) -> None:
+    w = torch.randn(80, 90, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = LowRank(4).project(w)
+    assert state.left.dtype == torch.float32
+    tail = float(torch.linalg.svdvals(w.double())[4:].square().sum())
+    assert squared_error(w, LowRank(4).reconstruct(state)) == pytest.approx(tail, rel=1e-6)
+
+
+def test_two_shapes_represent_more_than_one(generator: torch.Generator) -> None:
+    """Sums of differently reshaped low-rank parts, at the same total rank."""
+    shape = torch.Size((12, 10, 3, 3))
+    w = torch.zeros(shape, dtype=DOUBLE)
+    for view in (Matrix(), KernelMatrix()):
+        m, n = view.shape(shape)
+        left = torch.randn(m, 2, generator=generator, dtype=DOUBLE)
+        right = torch.randn(2, n, generator=generator, dtype=DOUBLE)
+        w += view.restore(left @ right, shape)
+    both = LowRank(2).over(Matrix()) + LowRank(2).over(KernelMatrix())
+    found = squared_error(w, both.reconstruct(both.project(w)))
+    for view in (Matrix(), KernelMatrix()):
+        alone = LowRank(4).over(view)
+        assert found < 1e-2 * squared_error(w, alone.reconstruct(alone.project(w)))
 
 
 def test_factors_are_canonical(generator: torch.Generator) -> None:

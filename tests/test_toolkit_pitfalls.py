@@ -301,8 +301,8 @@ def test_row_15_no_loops_over_the_weights(part: Part[Any], generator: torch.Gene
     for rows in (50, 800):
         w = torch.randn(rows, 20, generator=generator)
         counts.append(lines_run(lambda w=w: part.bits(part.project(w, mu=1.0))))
-    # sixteen times the weights: a search may take a few more steps, a loop would take sixteen times
-    assert counts[1] < 3 * counts[0], counts
+    # sixteen times the weights: a descent may take more sweeps, a loop would take sixteen times
+    assert counts[1] < 6 * counts[0], counts
 
 
 @pytest.mark.parametrize("part", PARTS, ids=str)

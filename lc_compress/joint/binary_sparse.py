@@ -20,8 +20,8 @@ def _both_store_exactly(binary: Any, sparse: Any) -> bool:
     return binary.value_dtype is None and sparse.value_dtype is None
 
 
-def _one_scale(binary: Any, sparse: Any) -> bool:
-    return binary.axis is None and binary.group is None
+def _one_learned_scale(binary: Any, sparse: Any) -> bool:
+    return binary.axis is None and binary.group is None and binary.scale is None
 
 
 def _correct(
@@ -80,7 +80,7 @@ def _starts(
     return [scale, _kept_mean(u, h, torch.zeros_like(u, dtype=torch.bool)), *levels]
 
 
-@register(Binary, Sparse, applies=_one_scale, exact=_both_store_exactly)
+@register(Binary, Sparse, applies=_one_learned_scale, exact=_both_store_exactly)
 def binary_sparse(
     a: Binary,
     b: Sparse,
@@ -121,7 +121,7 @@ def binary_sparse(
     return _correct(a, b, w, scale, mu, importance)
 
 
-@register(Binary, SparsePenalty, applies=_one_scale, exact=_both_store_exactly)
+@register(Binary, SparsePenalty, applies=_one_learned_scale, exact=_both_store_exactly)
 def binary_sparse_penalty(
     a: Binary,
     b: SparsePenalty,

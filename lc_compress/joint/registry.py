@@ -57,7 +57,9 @@ class Joint:
         return fact(b, a) if self.swapped else fact(a, b)
 
 
-_table: dict[tuple[type, type], tuple[Joint, Fact]] = {}
+Rows: TypeAlias = tuple[tuple[Joint, Fact], ...]  # solvers of one pair of types, the last first
+
+_table: dict[tuple[type, type], Rows] = {}
 
 
 def _never(a: Any, b: Any) -> bool:
@@ -78,10 +80,12 @@ def register(
             alternates.
         exact, weighted: whether the result is a global minimum, without and with importance. Where
             it is not, the sum keeps the better of the result and its warm start.
+
+    Of several functions for one pair of types the one registered last that applies is used.
     """
 
     def add(solver: Solver) -> Solver:
-        _table[a, b] = Joint(solver, exact, weighted), applies
+        _table[a, b] = ((Joint(solver, exact, weighted), applies), *_table.get((a, b), ()))
         return solver
 
     return add
@@ -90,13 +94,13 @@ def register(
 def find(a: Part[Any], b: Part[Any]) -> Joint | None:
     """The joint solver of this pair, in this order, or None."""
     for first, second, swapped in ((a, b, False), (b, a, True)):
-        joint, applies = _table.get((type(first), type(second)), (None, _never))
-        if joint is not None and applies(first, second):
-            return replace(joint, swapped=swapped)
+        for joint, applies in _table.get((type(first), type(second)), ()):
+            if applies(first, second):
+                return replace(joint, swapped=swapped)
     return None
 
 
-_then: dict[tuple[type, type], tuple[Joint, Fact]] = {}
+_then: dict[tuple[type, type], Rows] = {}
 
 
 def register_then(
@@ -114,7 +118,8 @@ def register_then(
     """
 
     def add(solver: Solver) -> Solver:
-        _then[outer, inner] = Joint(solver, exact, weighted), applies
+        rows = _then.get((outer, inner), ())
+        _then[outer, inner] = ((Joint(solver, exact, weighted), applies), *rows)
         return solver
 
     return add
@@ -122,5 +127,7 @@ def register_then(
 
 def find_then(outer: Part[Any], inner: Part[Any]) -> Joint | None:
     """The projection of `outer.then(inner)`, or None."""
-    joint, applies = _then.get((type(outer), type(inner)), (None, _never))
-    return joint if joint is not None and applies(outer, inner) else None
+    for joint, applies in _then.get((type(outer), type(inner)), ()):
+        if applies(outer, inner):
+            return joint
+    return None

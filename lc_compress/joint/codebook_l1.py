@@ -1,0 +1,61 @@
+"""Given values plus any sparsity: the nearest one is best whatever is corrected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..binary import Binary, Ternary
+from ..codebook import FixedCodebook, PowersOfTwo
+from ..l1 import L1Ball, L1Penalty
+from ..nm import NM
+from ..part import Part, rounded, working
+from ..sparse import Sparse, SparsePenalty, SparseState
+from ..structured import BlockPenalty, BlockSparse, GroupL2Penalty
+from .registry import register
+
+_STRUCTURED = (L1Ball, L1Penalty, NM, BlockSparse, BlockPenalty, GroupL2Penalty)
+
+
+def codebook_l1(
+    a: Part[Any],
+    b: Part[SparseState],
+    w: Tensor,
+    warm: tuple[Any, SparseState] | None,
+    mu: float | None,
+    importance: Tensor | None,
+) -> tuple[Any, SparseState]:
+    """Weights of given values (a fixed codebook, powers of two, binary or ternary of a given scale)
+    plus what may always shrink: an ℓ1 ball or penalty, N:M, whole blocks by a budget, a price or
+    their ℓ2 norm. Exact, weighted too (papers/learning-compression.md, 4.2 and 4.3).
+
+    Proof. Given values q, what is left is a projection of the residual d = w − q with some least
+    objective V(d). Let d' be another residual with |d'_i| ≤ |d_i| for all i, so d' = c∘d with
+    |c_i| ≤ 1. From the best θ for d take c∘θ: no entry grows and no zero becomes another number, so
+    it satisfies the constraint or costs no more, and Σ h (d' − c∘θ)² = Σ h c² (d − θ)² ≤
+    Σ h (d − θ)². So V(d') ≤ V(d): the nearest codeword everywhere makes every |d_i|, and with them
+    V, as small as possible. Then project the residual. O(N log K) and the projection.
+    """
+    state = a.solve(w, None, mu, importance)
+    residual = rounded(working(w) - working(a.reconstruct(state)), w.dtype, None)
+    return state, b.solve(residual, None, mu, importance)
+
+
+def _given(quantizer: Any, sparse: Any) -> bool:
+    """Every weight takes the nearest of the same values."""
+    return not isinstance(quantizer, Binary | Ternary) or quantizer.scale is not None
+
+
+def _stores_exactly(quantizer: Any, sparse: Any) -> bool:
+    return sparse.value_dtype is None
+
+
+for _quantizer in (FixedCodebook, PowersOfTwo, Binary, Ternary):
+    # a fixed codebook with these two is in codebook_sparse
+    _l0 = () if _quantizer is FixedCodebook else (Sparse, SparsePenalty)
+    for _sparse in (*_STRUCTURED, *_l0):
+        _add = register(
+            _quantizer, _sparse, applies=_given, exact=_stores_exactly, weighted=_stores_exactly
+        )
+        _add(codebook_l1)
