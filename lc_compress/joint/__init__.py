@@ -1,7 +1,6 @@
 """Exact C steps for pairs of parts inside a sum, one file per kind of pair."""
 
 from . import binary_sparse as binary_sparse
-from . import codebook_l1 as codebook_l1
 from . import codebook_sparse as codebook_sparse
 from . import low_rank_sparse as low_rank_sparse
 from . import shared_support as shared_support
