@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 ORIGIN = {"command", "config", "result", "commit", "source_sha256", "torch", "device"}
@@ -187,6 +188,48 @@ def test_cifar_without_files(load: Callable[[str], Any], tmp_path: Path) -> None
         cifar.load(cifar.Config(data=str(tmp_path)))
     with pytest.raises(SystemExit, match=r"net\.th is missing: give --weights"):
         cifar.pretrained(cifar.Config(weights=str(tmp_path / "net.th")))
+
+
+# ------------------------------------------------------------------ the C steps' benchmark
+
+
+def test_bench_c_step(tmp_path: Path) -> None:
+    out, nets = tmp_path / "new", tmp_path / "data" / "resnet_cifar10"
+    nets.mkdir(parents=True)
+    layers = {"module.conv1.weight": torch.randn(8, 3, 3, 3), "module.bn1.weight": torch.ones(8)}
+    torch.save({"state_dict": layers}, nets / "resnet20-0.th")
+    done = run("bench_c_step.py", "--smoke", "--quiet", "--data", nets.parent, "--out", out)
+    assert done.stderr == ""
+    stem = out / "bench_c_step_smoke"
+    names = [f"{stem.name}{suffix}" for suffix in (".json", ".png", ".svg")]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "Input (b, stories15M) skipped" in done.stdout
+    assert "Input (b, ResNets) skipped" not in done.stdout
+
+    text = stem.with_suffix(".json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and "--data DIR" in json.loads(text)["command"]
+    versions = {"numpy", "scipy", "scikit-learn", "package_sha256"}
+    result = read(stem.with_suffix(".json"), ORIGIN | versions)
+    rows = set(result["targets"])
+    for name in ("a", "b, ResNets", "c"):
+        found = {x["row"]: x for x in result["solver"] if x["input"] == name}
+        assert found.keys() == rows
+        for row, x in found.items():
+            assert min(x[f"{call}_seconds"] for call in ("cold", "warm", "S", "RW")) > 0
+            if row in result["listed"]["times"] and not row.startswith("LowRank"):
+                assert max(abs(x["cold_excess"]), abs(x["warm_excess"])) < 1e-9
+    assert {x["peer"] for x in result["peer"] if x["row"] == "KMeans 16"} == {
+        "scikit-learn, n_init=1",
+        "scikit-learn, n_init=10",
+    }
+    assert not any("failed" in x for kind in ("solver", "peer") for x in result[kind])
+    assert max(result["vectors"][0]["excess"].values()) < 1e-9
+    assert len(result["order"]) == 6 and result["network"][0]["c_step_seconds"] > 0
+    table = done.stdout[done.stdout.index("Targets: (a), one thread") :]
+    assert all(f"\n{row}" in table for row in rows)
+    again = run("bench_report.py", stem.with_suffix(".json"))
+    assert again.stderr == "" and again.stdout.rstrip() in done.stdout
 
 
 # ------------------------------------------------------------------ settings
