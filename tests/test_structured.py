@@ -353,15 +353,12 @@ def test_filters_of_several_layers_share_one_budget(generator) -> None:  # type:
 def test_the_controller_runs_groups_of_filters_and_one_budget_of_floats() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
-    shapes = tuple(m.weight.shape for m in model)
-    rows = LC(
-        model, {Joint("*.weight"): BlockSparse(blocks=7, axis=0, shapes=shapes)}, schedule=(0.1,)
-    )
+    rows = LC(model, {Joint("*.weight"): BlockSparse(blocks=7, axis=0)}, schedule=(0.1,))
     assert sum(int(d.any(1).sum()) for d in rows.tasks[0].delta) == 7
     floats = LC(model, {Joint("*.weight"): each(NM(1, 2)) + Sparse(nonzeros=6)}, schedule=(0.1,))
     assert floats.tasks[0].state[1].positions.numel() == 6
-    with pytest.raises(RuntimeError, match="in a joint group give `shapes`"):
-        LC(model, {Joint("*.weight"): BlockSparse(blocks=1, block=(2, 2))}, schedule=(0.1,))
+    alone = LC(model, {Joint("0.weight"): BlockSparse(blocks=2, axis=0)}, schedule=(0.1,))
+    assert int(alone.tasks[0].delta[0].any(1).sum()) == 2
 
 
 def test_budgets_of_a_group_compete_as_one_long_matrix(generator) -> None:  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..part import Part
+from ..structured import BlockForm
 from .ordered import Exposed as Exposed
 from .ordered import Then as Then
 from .ordered import ThenState as ThenState
@@ -42,3 +43,10 @@ def _(part: Sum, shapes: tuple[torch.Size, ...]) -> Part[Any]:
 @bound.register
 def _(part: Then, shapes: tuple[torch.Size, ...]) -> Part[Any]:
     return Then(bound(part.outer, shapes), bound(part.inner, shapes))
+
+
+@bound.register
+def _(part: BlockForm, shapes: tuple[torch.Size, ...]) -> Part[Any]:
+    if len(shapes) == 1:  # a group of one tensor keeps its shape
+        return part
+    return replace(part, shapes=shapes)  # type: ignore[type-var]  # its subclasses are dataclasses
