@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 State = TypeVar("State")
 
+_CHUNK = 1 << 16  # weights whose float64 copies stay in the cache
+
 
 @dataclass(frozen=True)
 class Ops:
@@ -228,10 +230,15 @@ class Part(ABC, Generic[State]):
 
 def squared_error(w: Tensor, approximation: Tensor, importance: Tensor | None = None) -> float:
     """Σ importance·(w − approximation)², summed in float64."""
-    residual = w.detach().double() - approximation.detach().double()
-    if importance is None:
-        return float(torch.linalg.vector_norm(residual) ** 2)
-    return float((residual.square_() * importance).sum())
+    size = w.numel() if w.device.type != "cpu" else _CHUNK
+    pieces = [w.detach().reshape(-1).split(size), approximation.detach().reshape(-1).split(size)]
+    if importance is not None:
+        pieces.append(importance.expand(w.shape).reshape(-1).split(size))
+    total = torch.zeros((), dtype=torch.float64, device=w.device)
+    for x, y, *h in zip(*pieces, strict=True):
+        residual = x.double() - y
+        total += residual @ (residual * h[0] if h else residual)
+    return float(total)
 
 
 def all_finite(x: Tensor) -> bool:

@@ -761,6 +761,13 @@ COMPOSED = [
     ),
     slow(
         Case(
+            LowRank(1).over(KernelMatrix()) + Sparse(nonzeros=5),
+            shapes=KERNELS,
+            symmetries=(rescale,),
+        )
+    ),
+    slow(
+        Case(
             LowRank(1).over(Matrix()) + LowRank(1).over(KernelMatrix()),
             shapes=KERNELS,
             symmetries=(rescale,),
