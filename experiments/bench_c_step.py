@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -614,6 +615,7 @@ def main(argv: list[str]) -> None:
         return
     if config.figure:
         check_matplotlib()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the process of a job too
     origin = provenance()  # of the code that runs, not of what the folder holds when it ends
     if config.smoke:
         torch.set_num_threads(1)  # its jobs run in this process

@@ -360,7 +360,7 @@ def draw(result: Record, stem: Path) -> None:
         axes.grid(axis="x", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         for suffix, options in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
             path = stem.with_name(stem.name + suffix)
             temporary = stem.with_name(f"{stem.name}.{os.getpid()}{suffix}")
