@@ -39,10 +39,10 @@ class KMeans(Part[CodebookState]):
     Solves   min Σ h (w − c[q])²   over c (k,), q of w's shape in {0 … k − 1}
     to the global optimum, with importance too. In one dimension the optimal clusters are intervals
     of the sorted weights, so the problem is a shortest path over the cuts between them,
-    D_j(i) = min_t D_{j−1}(t) + cost(t, i),  and the best t does not decrease with i: each D_j is
-    found by bisection over i (dynamic programme of Wu and Rokne, papers/learning-compression.md,
-    section 3), first on a coarse grid of cuts, which bounds where the optimal ones can be. Equal
-    weights are merged; of equally good cuts the first is taken. A warm start is not needed.
+    D_j(i) = min_t D_{j−1}(t) + cost(t, i)  (dynamic programme of Wu and Rokne,
+    papers/learning-compression.md, section 3). It is solved on a coarse grid of cuts, which bounds
+    where the optimal ones can be, and on finer grids there, down to single weights
+    (`clustering.optimal_starts`). A warm start is not needed.
 
     Weights without importance do not influence the codebook; if none has any, all count the same.
     At the end every weight gets its nearest codeword, the lower code in a tie. With fewer than k
@@ -60,9 +60,12 @@ class KMeans(Part[CodebookState]):
     State:
         codebook (k,), ascending, in w's dtype; codes of w's shape.
 
-    Cost: O(N log N) to sort, at most O(k N log N) for the cuts and usually far less than the
-    sorting; on the CPU. Memory O(N) and as much as 16 k N bytes where the grid excludes no cut.
-    Stores N ceil(log2 k) bits and k floats.
+    Cost: O(N log N) to sort, a pass over the sorted weights, and for the cuts far less than that
+    where the grids exclude most positions (with importance the sort takes its positions along and
+    is four times as slow). With far outliers or many clusters the cuts cost more, at most
+    O(k N log N) for each grid. k − 1 comparisons per weight for the codes. On CUDA the weights are
+    sorted, summed and assigned there, the programme runs on the CPU.
+    Memory O(N). Stores N ceil(log2 k) bits and k floats.
 
     Raises:
         ValueError: `k` < 1, or a `value_dtype` that is not floating point.

@@ -99,7 +99,9 @@ def ascending(x: Tensor, h: Tensor | None) -> _OnHost | _OnDevice:
     Values without importance are left out.
     """
     if h is not None:
-        h = torch.ldexp(h, -torch.frexp(h.max()).exponent)
+        exponent = int(np.frexp(float(h.max()))[1])
+        if abs(exponent) > _SAFE:
+            h = _scaled(h, -exponent)
         if not bool(h.min() > 0):
             x, h = x[h > 0], h[h > 0]
     if x.device.type == "cpu":
@@ -114,16 +116,17 @@ def _sorted(x: Real, h: Floats | None) -> tuple[Real, Floats | None]:
     if x.dtype != np.float32 or x.size >= 1 << 32:
         order = np.argsort(x, kind="stable")
         return x[order], h[order]
-    # a vectorised sort of integers, the value in their upper half and the position in their lower,
-    # is four times as fast as `argsort`
+    # A vectorised sort of integers, the value in their upper half and its position in the lower, is
+    # four times as fast as `argsort`. Negative numbers have the order of their bits reversed.
     bits = x.view(np.int32)
-    # negative numbers have the order of their bits reversed
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
     keys <<= 32
     keys |= np.arange(x.size)
     keys.sort()
-    order = keys & 0xFFFFFFFF
-    return x[order], h[order]
+    bits = (keys >> 32).astype(np.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    keys &= 0xFFFFFFFF
+    return bits.view(np.float32), h.take(keys, mode="clip")  # in range, so do not check
 
 
 def union(*arrays: Ints) -> Ints:
@@ -166,7 +169,7 @@ class _OnHost:
         n = self.size
         sums = np.empty((3, -(-n // block)))
         whole = n - n % block
-        step = max(_CHUNK, block)
+        step = max(_CHUNK // block, 1) * block
         pieces = [(a, min(a + step, whole)) for a in range(0, whole, step)]
         for a, b in [*pieces, (whole, n)] if whole < n else pieces:
             shape = (-1, min(block, b - a))
@@ -253,9 +256,14 @@ class _OnDevice:
         exponent = int(np.frexp(size)[1])
         if abs(exponent) <= _SAFE:
             return 0
-        half = exponent // 2  # 2^exponent itself may be too large
-        self.x = self.x * 2.0**-half * 2.0 ** (half - exponent)
+        self.x = _scaled(self.x, -exponent)
         return exponent
+
+
+def _scaled(x: Tensor, exponent: int) -> Tensor:
+    """x times 2^exponent, in two steps: that number itself may be too large."""
+    half = exponent // 2
+    return x * 2.0**half * 2.0 ** (exponent - half)
 
 
 def _numpy(x: Tensor) -> Floats:

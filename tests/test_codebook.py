@@ -1,4 +1,4 @@
-"""Codebooks: k-means against brute force, a dense programme and another implementation; storage."""
+"""Codebooks: k-means against brute force and another implementation; storage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lc_compress import clustering as module
 from lc_compress.codebook import CodebookState, FixedCodebook, KMeans, PowersOfTwo, nearest
 from lc_compress.coding import Fixed
 from lc_compress.part import Part, squared_error
@@ -44,22 +43,6 @@ def brute(w: Tensor, h: Tensor, k: int) -> float:
     )
 
 
-def dense(w: Tensor, h: Tensor, k: int) -> float:
-    """The same by a dynamic programme over the whole table of costs."""
-    order = w.argsort()
-    x, h = w.double()[order], h.double()[order]
-    x = x - x.median()
-    sums = torch.stack([torch.cumsum(h * x**p, 0) for p in range(3)])
-    sums = torch.cat((torch.zeros(3, 1, dtype=torch.float64), sums), 1)
-    mass, first, second = sums[:, None, :] - sums[:, :, None]
-    cost = second - torch.where(mass > 0, first**2 / mass.clamp_min(1e-300), 0)
-    cost = cost.clamp_min(0).masked_fill(torch.ones_like(cost).tril(-1).bool(), math.inf)
-    least = cost[0]
-    for _ in range(k - 1):
-        least = (least[:, None] + cost).min(0).values
-    return float(least[-1])
-
-
 # ------------------------------------------------------------------ k-means is optimal
 
 
@@ -76,37 +59,6 @@ def test_no_partition_is_better(k: int, weighted: bool, generator: torch.Generat
                 h[torch.rand(n, generator=generator) < 0.3] = 0
             expected = brute(w, torch.ones(n) if h is None else h, k)
             assert error(KMeans(k), w, h) == pytest.approx(expected, rel=1e-12, abs=1e-28)
-
-
-DRAWS = {
-    "gaussian": lambda g: torch.randn(90, generator=g, dtype=torch.float64),
-    "heavy": lambda g: torch.empty(90, dtype=torch.float64).cauchy_(generator=g),
-    "clustered": lambda g: (
-        torch.randint(3, (90,), generator=g)
-        + 1e-2 * torch.randn(90, generator=g, dtype=torch.float64)
-    ),
-    "tied": lambda g: torch.randint(-20, 21, (90,), generator=g).double(),
-    "skewed": lambda g: (3 * torch.randn(90, generator=g, dtype=torch.float64)).exp(),
-}
-
-
-@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
-def test_the_coarse_grids_lose_nothing(
-    draw: object, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert callable(draw)
-    for i in range(24):
-        # grids so coarse that a bound too tight shows, tables and chunks so small that all are used
-        monkeypatch.setattr(module, "_GRID", 1 + i % 3)
-        monkeypatch.setattr(module, "_FINER", 2 + i % 2)
-        monkeypatch.setattr(module, "_TABLE", 500 * (i // 12))
-        monkeypatch.setattr(module, "_CHUNK", 1 + 5 * (i % 4))
-        w, k = draw(generator), 2 + i % 5
-        h = (2 * torch.randn(w.shape, generator=generator, dtype=torch.float64)).exp()
-        importance = h if i % 2 else None
-        expected = dense(w, torch.ones(w.shape) if importance is None else importance, k)
-        slack = 1e-13 * float((h * (w - w.median()) ** 2).sum())
-        assert error(KMeans(k), w, importance) == pytest.approx(expected, rel=1e-9, abs=slack)
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 16])
