@@ -52,11 +52,13 @@ def judged(result: Record) -> list[Record]:
             lines.append(line(solver, worst <= 1e-9, objective="excess ≤ 1e-9", error=worst))
     for record in result.get("network", []):
         if record["threads"] == 1 and "c_step_seconds" in record:
-            share = record["c_step_seconds"] / record["bfloat16_step_seconds"]
+            steps = {kind: record[f"{kind}_step_seconds"] for kind in ("float32", "bfloat16")}
+            faster = min(steps, key=lambda kind: steps[kind])
+            share = record["c_step_seconds"] / steps[faster]
             target = 0.1 if record["depth"] == 20 else None
-            name = f"C step of ResNet{record['depth']}"
-            good = target is None or share <= target
-            lines.append(line(name, good, target=target, reached=share, unit="training step"))
+            shown: Record = {"unit": "training step", "objective": f"the faster: {faster}"}
+            name, good = f"C step of ResNet{record['depth']}", target is None or share <= target
+            lines.append(line(name, good, target=target, reached=share, **shown))
     return lines
 
 
