@@ -16,7 +16,8 @@ _ROUNDING = 1e-14  # relative error of a running sum, with a margin
 _GRID = 12  # blocks per cluster on the first grid
 _FINER = 4  # pieces that a block is split into for the next
 _UNEVEN = 8  # a block this many times as costly as the mean is split at once
-_EVERY = 1 << 15  # with no more pairs of neighbouring cuts than this, every position is on the grid
+_EVERY = 1 << 15  # up to so many pairs of neighbouring cuts
+_WIDEST = 1 << 13  # in windows no wider than this, every position is on the grid
 _TABLE = 1 << 15  # up to this many pairs a whole table is faster than the bisection
 
 
@@ -53,13 +54,15 @@ def optimal_starts(x: Ordered, k: int) -> Ints:
     # window j: where the first j clusters may end, low[j] and high[j] included; none is empty
     low, high = np.ones(k + 1, dtype=np.int64), np.full(k + 1, n - 1)
     low[[0, -1]] = high[[0, -1]] = 0, n
-    positions = union(x.even_grid(_GRID * k), low, high)
+    positions = None
     best = np.inf
     while True:
         sizes = (high - low + 1).astype(np.float64)
-        if sizes[1:] @ sizes[:-1] <= _EVERY:
+        if sizes[1:] @ sizes[:-1] <= _EVERY and sizes.max() <= _WIDEST:
             every = (np.arange(a, b + 1) for a, b in zip(low, high, strict=True))
             positions = union(*every)
+        elif positions is None:
+            positions = union(x.even_grid(_GRID * k), low, high)
         grid = _Grid(x, positions, low, high)
         while (limit := _UNEVEN * grid.typical) < grid.worst:
             grid = _Grid(x, grid.finer(low, high, limit), low, high)

@@ -17,6 +17,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 Real: TypeAlias = npt.NDArray[np.floating]
 
 _BLOCKS = 1 << 15  # at most as many blocks, whose sums are made at the start
+_LEAST = 16  # values in a block of more than one: shorter rows are slow to sum
 _CHUNK = 1 << 16  # values converted at once: their float64 copies stay in the cache
 _SAFE = 300  # squares and products of numbers up to 2^±300 neither overflow nor vanish
 
@@ -34,7 +35,7 @@ class Ordered:
     def __init__(self, values: _OnHost | _OnDevice) -> None:
         n = self.size = values.size
         self._values = values
-        self.block = 1 << (n // _BLOCKS).bit_length()
+        self.block = max(1 << (n // _BLOCKS).bit_length(), _LEAST) if n > _BLOCKS else 1
         self.shift = float(values.take(np.array([n // 2]))[0])
         sums = values.block_sums(self.block, self.shift)
         blocks = sums.shape[1]
@@ -142,6 +143,8 @@ def union(*arrays: Ints) -> Ints:
 def _block_sums(v: Floats, h: Floats | None) -> tuple[Floats | float, Floats, Floats]:
     """Σ h, Σ h v and Σ h v² of each row."""
     first = v if h is None else h * v
+    if v.shape[1] == 1:
+        return 1.0 if h is None else h[:, 0], first[:, 0], (first * v)[:, 0]
     mass = float(v.shape[1]) if h is None else np.add.reduce(h, 1)
     return mass, np.add.reduce(first, 1), np.einsum("ij,ij->i", first, v)
 

@@ -150,7 +150,7 @@ def test_running_sums(
     device = ordered._OnDevice(x, None if h is None else mass)
     for source in (host, device):  # the second is for CUDA, and runs here too
         values = ordered.Ordered(source)
-        assert values.block == (64 if n == 1000 else 4 if n == 64 else 1)
+        assert values.block == (64 if n == 1000 else 16 if n == 64 else 1)
         v = x - values.shift
         terms = torch.stack((mass, mass * v, mass * v * v))
         sums = torch.cat((torch.zeros(3, 1, dtype=torch.float64), terms.cumsum(1)), 1).numpy()
