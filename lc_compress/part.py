@@ -132,6 +132,12 @@ class Part(ABC, Generic[State]):
         """
         return True
 
+    def with_share(self, share: float) -> Part[State] | None:
+        """This part with a share (0 to 1) of its budget, for sums that let corrections grow to
+        their number; None where the part has no such budget.
+        """
+        return None
+
     def tunable(self, state: State) -> dict[str, Tensor]:
         """The continuous values of the state by name; composites collect those of their parts."""
         return {name: getattr(state, name) for name in self.free}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -150,6 +150,12 @@ class Sparse(SparseForm):
             return min(self.nonzeros, size)
         assert self.density is not None
         return round(self.density * size)
+
+    def with_share(self, share: float) -> Sparse:
+        if self.nonzeros is not None:
+            return replace(self, nonzeros=round(share * self.nonzeros))
+        assert self.density is not None
+        return replace(self, density=share * self.density)
 
     def solve(
         self, w: Tensor, warm: SparseState | None, mu: float | None, importance: Tensor | None

@@ -199,3 +199,47 @@ def test_then_refuses_a_part_that_cannot_be_read_back() -> None:
 
     with pytest.raises(TypeError, match=r"`then` needs Shapeless.free_shapes"):
         Shapeless().then(KMeans(2))
+
+
+def best_order(total: Sum, w: torch.Tensor) -> float:
+    """The least objective of single terms projected in turn, over all orders, run to the end."""
+    found = []
+    for order in permutations(range(len(total.parts))):
+        states: list[object] = [None] * len(order)
+        deltas = [torch.zeros_like(w) for _ in order]
+        for _ in range(100):
+            for i in order:
+                rest = w - sum(x for j, x in enumerate(deltas) if j != i)
+                states[i] = total.parts[i].project(rest, states[i])
+                deltas[i] = total.parts[i].reconstruct(states[i])
+        found.append(squared_error(w, sum(deltas)) / 2)
+    return min(found)
+
+
+@pytest.mark.parametrize("budget", [{"density": 0.05}, {"nonzeros": 57}])
+def test_growing_budgets_end_below_every_order(
+    budget: dict[str, float], generator: torch.Generator
+) -> None:
+    w = torch.randn(24, 48, generator=generator, dtype=torch.float64)
+    total = Binary() + LowRank(3) + Sparse(**budget)
+    viewed = Binary().over(Matrix()) + LowRank(3) + Sparse(**budget).over(Matrix())
+    least = best_order(total, w)
+    for part in (total, viewed):
+        assert part.objective(w, part.project(w)) < 0.99 * least
+
+
+def test_growing_budgets_are_one_start_of_several(generator: torch.Generator) -> None:
+    """Next to huge outliers growth ends badly: other starts must be there."""
+    w = torch.randn(24, 16, generator=generator, dtype=torch.float64)
+    w.view(-1)[torch.randperm(w.numel(), generator=generator)[:19]] *= 1e3
+    total = Binary() + LowRank(2) + Sparse(density=0.05)
+    assert total.objective(w, total.project(w)) <= best_order(total, w) * (1 + 1e-6)
+
+
+def test_shares_of_a_budget() -> None:
+    assert Sparse(nonzeros=10).with_share(0.25) == Sparse(nonzeros=2)
+    assert Sparse(density=0.5).with_share(0.25) == Sparse(density=0.125)
+    assert Sparse(nonzeros=4).over(Matrix()).with_share(0.5) == Sparse(nonzeros=2).over(Matrix())
+    assert each(Sparse(nonzeros=4)).with_share(0.5) == each(Sparse(nonzeros=2))
+    assert Binary().with_share(0.5) is None
+    assert each(Binary()).with_share(0.5) is None

@@ -77,6 +77,10 @@ class Over(Part[OverState]):
     def admits(self, state: OverState) -> bool:
         return self.part.admits(state.inner)
 
+    def with_share(self, share: float) -> Over | None:
+        part = self.part.with_share(share)
+        return None if part is None else Over(part, self.view)
+
     def tunable(self, state: OverState) -> dict[str, Tensor]:
         return self.part.tunable(state.inner)
 
@@ -182,6 +186,10 @@ class Each(Part[States]):
 
     def admits(self, state: States) -> bool:
         return all(map(self.part.admits, state))
+
+    def with_share(self, share: float) -> Each | None:
+        part = self.part.with_share(share)
+        return None if part is None else replace(self, part=part)
 
     def tunable(self, state: States) -> dict[str, Tensor]:
         return prefixed((i, self.part.tunable(s)) for i, s in enumerate(state))
