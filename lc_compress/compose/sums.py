@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
 
@@ -251,10 +251,11 @@ class _Descent:
         growing = {i for i, part in enumerate(parts) if part.with_share(1.0) is not None}
         if not growing:
             return None
+        sizes = (step / _GROWTH for step in range(1, _GROWTH + 1))
+        totals = (Sum(tuple(part.with_share(x) or part for part in parts)) for x in sizes)
         states: list[Any] = []
-        for step in range(1, _GROWTH + 1):
-            shares = (part.with_share(step / _GROWTH) or part for part in parts)
-            small = _Descent(Sum(tuple(shares)), self.w, self.mu, self.importance)
+        for total in dict.fromkeys(totals):  # a small count does not grow in each step
+            small = _Descent(total, self.w, self.mu, self.importance)
             order = sorted(small.blocks, key=lambda block: not growing.isdisjoint(block.terms))
             if not states:
                 states = small.greedy(order)
