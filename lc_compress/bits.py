@@ -1,0 +1,157 @@
+"""Integers of a fixed width in bits, one after the other, little-endian: packed and unpacked fast.
+
+Codes of at most 8 bits travel eight at a time in one 64-bit word, eight bytes on one side and
+8 · width bits on the other. Three steps of shift and mask turn one into the other: they close
+(or open) the gaps between the two halves of 8, of 4 and of 2 codes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .part import Coding
+
+Codes = npt.NDArray[Any]
+
+_WORDS = 1 << 14  # at a time: 128 kB, which stay in the cache
+
+
+def pack_codes(codes: Codes, width: int) -> bytes:
+    """Codes (n,) below 2**width, `width` bits each, padded with zeros to a byte."""
+    if width == 0 or codes.size == 0:
+        return b""
+    if width == 1:
+        return np.packbits(codes.astype(np.bool_, copy=False), bitorder="little").tobytes()
+    if width in (8, 16, 32):
+        return codes.astype(f"<u{width // 8}", copy=False).tobytes()
+    if width < 8:
+        return _pack_narrow(codes, width)
+    size = code_bytes(width)
+    octets = codes.astype(f"<u{size}").view(np.uint8).reshape(-1, size)
+    bits = np.unpackbits(octets, axis=1, count=width, bitorder="little")  # (codes, width)
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def unpack_codes(payload: bytes | memoryview, count: int, width: int) -> Codes:
+    """The first `count` codes of `width` bits, (count,), in the smallest unsigned integer that
+    holds them; the payload is known to hold that many. The caller owns the memory.
+    """
+    if width == 0 or count == 0:
+        return np.zeros(count, f"u{code_bytes(width)}")
+    stored = np.frombuffer(payload, np.uint8)
+    if width == 1:
+        return np.unpackbits(stored, count=count, bitorder="little")
+    if width in (8, 16, 32):
+        numbers = np.frombuffer(payload, f"<u{width // 8}", count)
+        return numbers.astype(numbers.dtype.newbyteorder("="))
+    if width < 8:
+        return _unpack_narrow(stored, count, width)
+    if width <= 57:
+        return _unpack_wide(stored, count, width)
+    bits = np.unpackbits(stored, count=count * width, bitorder="little").reshape(count, width)
+    return np.packbits(bits, axis=1, bitorder="little").view("<u8")[:, 0].astype(np.uint64)
+
+
+def code_bytes(width: int) -> int:
+    """Bytes of the smallest unsigned integer that holds `width` bits."""
+    return next(size for size in (1, 2, 4, 8) if width <= 8 * size)
+
+
+def _steps(width: int) -> list[tuple[int, np.uint64, np.uint64]]:
+    """For halves of 8, 4 and 2 codes: by how much the upper one moves, and where the two lie in
+    the packed word.
+    """
+    steps = []
+    for codes in (4, 2, 1):  # codes in a half; its room in the open word is 8 · codes bits
+        low = (1 << codes * width) - 1
+        places = range(0, 64, 16 * codes)
+        lower = sum(low << place for place in places)
+        steps.append((codes * (8 - width), np.uint64(lower), np.uint64(lower << codes * width)))
+    return steps
+
+
+def _pack_narrow(codes: Codes, width: int) -> bytes:
+    words = -(-codes.size // 8)
+    padded = codes.astype(np.uint8, copy=False)
+    if codes.size % 8:
+        padded = np.concatenate([padded, np.zeros(-codes.size % 8, np.uint8)])
+    opened = np.ascontiguousarray(padded).view("<u8")
+    packed = np.empty((words, width), np.uint8)
+    for start in range(0, words, _WORDS):
+        x = opened[start : start + _WORDS].astype(np.uint64)
+        upper = np.empty_like(x)
+        for shift, low, high in reversed(_steps(width)):
+            np.right_shift(x, np.uint64(shift), out=upper)
+            upper &= high
+            x &= low
+            x |= upper
+        if width in (2, 4):  # a number of its own, where rows of bytes are copied one by one
+            packed[start : start + _WORDS] = (
+                x.astype(f"<u{width}").view(np.uint8).reshape(-1, width)
+            )
+        else:
+            octets = x.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)
+            packed[start : start + _WORDS] = octets[:, :width]
+    return packed.tobytes()[: -(-codes.size * width // 8)]
+
+
+def _unpack_narrow(stored: Codes, count: int, width: int) -> Codes:
+    words = -(-count // 8)
+    padded = np.zeros(words * width + 8, np.uint8)  # the last word reads beyond its codes
+    used = min(stored.size, words * width)
+    padded[:used] = stored[:used]
+    packed = np.ndarray((words,), "<u8", padded.data, strides=(width,))  # overlapping, unaligned
+    opened = np.empty(words, "<u8")
+    for start in range(0, words, _WORDS):
+        x = packed[start : start + _WORDS].astype(np.uint64)
+        x &= np.uint64((1 << 8 * width) - 1)
+        upper = np.empty_like(x)
+        for shift, low, high in _steps(width):
+            np.bitwise_and(x, high, out=upper)
+            upper <<= np.uint64(shift)
+            x &= low
+            x |= upper
+        opened[start : start + _WORDS] = x
+    return opened.view(np.uint8)[:count]
+
+
+def _unpack_wide(stored: Codes, count: int, width: int) -> Codes:
+    """Code j of each eight starts at bit j · width of their `width` bytes."""
+    groups = -(-count // 8)
+    padded = np.zeros(groups * width + 8, np.uint8)
+    used = min(stored.size, groups * width)
+    padded[:used] = stored[:used]
+    codes = np.empty((groups, 8), f"u{code_bytes(width)}")
+    mask = np.uint64((1 << width) - 1)
+    for start in range(0, groups, _WORDS // 8):
+        stop = min(groups, start + _WORDS // 8)
+        for j in range(8):
+            byte, bit = divmod(j * width, 8)
+            at = start * width + byte
+            x = np.ndarray((stop - start,), "<u8", padded.data, at, (width,)).astype(np.uint64)
+            x >>= np.uint64(bit)
+            x &= mask
+            codes[start:stop, j] = x
+    return codes.reshape(-1)[:count]
+
+
+def numel(coding: Coding, shape: torch.Size) -> int:
+    """Entries of an array of this shape; refuses a negative length."""
+    if any(length < 0 for length in shape):
+        raise ValueError(f"{coding}: {tuple(shape)} is not a shape.")
+    return math.prod(shape)
+
+
+def check_payload(coding: Coding, payload: bytes, bits: int) -> None:
+    """Refuse a payload that is not `bits` long or whose padding is not zero."""
+    if len(payload) != -(-bits // 8):
+        raise ValueError(
+            f"{coding}: the payload must be {-(-bits // 8)} bytes long, got {len(payload)}."
+        )
+    if bits % 8 and payload[-1] >> bits % 8:
+        raise ValueError(f"{coding}: damaged payload, the bits after the last code are not 0.")
