@@ -191,7 +191,11 @@ class _OnHost:
     def mean(self, a: int, b: int) -> float:
         x, first = self.x[a:b], float(self.x[a])
         if self.h is not None:
-            rest = self.h[a:b] @ np.subtract(x, first, dtype=np.float64) / self.h[a:b].sum()
+            h = self.h[a:b]
+            mass = h.sum()
+            if first != x[-1]:  # an outlier of little importance would blur the rest
+                first = float(h @ x / mass)
+            rest = h @ np.subtract(x, first, dtype=np.float64) / mass
         elif x.dtype == np.float64:
             rest = (x - first).sum() / (b - a)
         else:  # float64 holds sums of narrower numbers without an offset
@@ -244,9 +248,14 @@ class _OnDevice:
         return _running_sums(v - shift, None if self.h is None else _numpy(self.h[there]))
 
     def mean(self, a: int, b: int) -> float:
-        v = self.x[a:b].double() - self.x[a].double()
-        rest = v.mean() if self.h is None else self.h[a:b] @ v / self.h[a:b].sum()
-        return float(self.x[a].double() + rest)
+        x = self.x[a:b].double()
+        first = x[0]
+        if self.h is None:
+            return float(first + (x - first).mean())
+        h = self.h[a:b]
+        mass = h.sum()
+        first = torch.where(first == x[-1], first, h @ x / mass)
+        return float(first + h @ (x - first) / mass)
 
     def distinct(self, limit: int) -> Floats | None:
         new = self.x[1:] != self.x[:-1]

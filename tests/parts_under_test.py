@@ -688,13 +688,23 @@ SUMS = [
         brute=brute(scaled(-1, 0, 1), 3, nonzeros=3),
         brute_shape=SMALL,
     ),
-    slow(
+    *(
         Case(
-            KMeans(2) + Sparse(nonzeros=3),
-            symmetries=(rescale,),
-            brute=brute(centres(2), 2, nonzeros=3),
+            KMeans(k) + Sparse(nonzeros=count),
+            symmetries=(permute, rescale),
+            brute=brute(centres(k), k, nonzeros=count),
+            brute_shape=SMALL,
         )
+        for k, count in ((2, 3), (3, 2), (3, 0), (2, 999))
     ),
+    Case(
+        KMeans(2) + SparsePenalty(0.1),
+        symmetries=(permute,),
+        brute=brute(centres(2), 2, alpha=0.1),
+        brute_shape=SMALL,
+        mu=2.0,
+    ),
+    slow(Case(KMeans(3, value_dtype=BF16) + Sparse(nonzeros=3), value_dtype=BF16)),
     slow(Case(LowRank(1) + Sparse(nonzeros=5), symmetries=(rescale,))),
     slow(Case(Sparse(density=0.2, value_dtype=BF16) + LowRank(2), value_dtype=BF16)),
     slow(Case(LowRank(2, value_dtype=BF16) + Sparse(nonzeros=9), value_dtype=BF16)),

@@ -2,6 +2,7 @@
 
 from . import binary_sparse as binary_sparse
 from . import codebook_sparse as codebook_sparse
+from . import kmeans_sparse as kmeans_sparse
 from . import low_rank_sparse as low_rank_sparse
 from . import shared_support as shared_support
 from .registry import Joint as Joint
