@@ -102,7 +102,7 @@ class KMeans(Part[CodebookState]):
         return CodebookState(codebook, nearest(w, codebook))
 
     def reconstruct(self, state: CodebookState) -> Tensor:
-        return state.codebook[state.codes.long()]
+        return looked_up(state.codebook, state.codes)
 
     def encode(self, state: CodebookState) -> dict[str, Field]:
         stored = self.value_dtype or state.codebook.dtype
@@ -173,7 +173,7 @@ class FixedCodebook(Part[CodebookState]):
         return CodebookState(codebook, nearest(w, codebook))
 
     def reconstruct(self, state: CodebookState) -> Tensor:
-        return state.codebook[state.codes.long()]
+        return looked_up(state.codebook, state.codes)
 
     def encode(self, state: CodebookState) -> dict[str, Field]:
         return {"codes": Field(state.codes, _code(len(self.values)), per_weight=True)}
@@ -264,6 +264,12 @@ def checked_values(part: object, values: Iterable[float]) -> tuple[float, ...]:
     if not numbers or not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"{part}: values must be finite numbers, at least one.")
     return tuple(sorted({number + 0.0 for number in numbers}))  # + 0.0 turns −0.0 into 0.0
+
+
+def looked_up(codebook: Tensor, codes: Tensor) -> Tensor:
+    """codebook[codes]; differentiable in the codebook."""
+    # a quarter of the time of indexing by a tensor
+    return codebook.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:

@@ -192,7 +192,8 @@ class Int(Part[IntState]):
         if codes.numel() and int(codes.max()) > self.top:
             raise ValueError(f"{self}: damaged codes, at most {self.top}, found {codes.max()}.")
         zero = self._middle(scale) if self.symmetric else arrays["zero"].long()
-        integers = codes.to(torch.int32) - self.blocks.spread(zero, shape).to(torch.int32)
+        wide = torch.int16 if self.width <= 8 else torch.int32
+        integers = codes.to(wide) - self.blocks.spread(zero, shape).to(wide)
         return IntState(scale, zero, integers.to(self._integer))
 
     def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:

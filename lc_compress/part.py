@@ -146,6 +146,10 @@ class Part(ABC, Generic[State]):
         """`state` with its continuous values replaced (not rounded: `rounded` does that)."""
         return replace(state, **values) if values else state  # type: ignore[type-var]  # states are dataclasses
 
+    def added(self, total: Tensor, state: State) -> Tensor:
+        """total + Δ(θ), for a contiguous total in a type that holds the sum."""
+        return total + self.reconstruct(state)
+
     # ------------------------------------------------------------------ final: written once
 
     def __str__(self) -> str:

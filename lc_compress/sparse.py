@@ -87,6 +87,10 @@ class SparseForm(Part[SparseState]):
         zeros = state.values.new_zeros(math.prod(state.shape))
         return zeros.scatter(0, state.positions, state.values).view(state.shape)
 
+    def added(self, total: Tensor, state: SparseState) -> Tensor:
+        values = state.values.to(total.dtype)
+        return total.reshape(-1).index_add(0, state.positions, values).view(total.shape)
+
     def encode(self, state: SparseState) -> dict[str, Field]:
         stored = self.value_dtype or state.values.dtype
         return {

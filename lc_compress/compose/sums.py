@@ -143,7 +143,11 @@ class Sum(Part[States]):
         return min(ends, key=problem.value)
 
     def reconstruct(self, state: States) -> Tensor:
-        return _add(part.reconstruct(s) for part, s in zip(self.parts, state, strict=True))
+        first = self.parts[0].reconstruct(state[0])
+        total = working(first)  # half precisions are added in float32 and rounded once
+        for part, s in zip(self.parts[1:], state[1:], strict=True):
+            total = part.added(total, s)
+        return total.to(first.dtype)
 
     def encode(self, state: States) -> dict[str, Field]:
         return prefixed(
@@ -171,15 +175,6 @@ class Sum(Part[States]):
     def with_tunable(self, state: States, values: Mapping[str, Tensor]) -> States:
         terms = enumerate(zip(self.parts, state, strict=True))
         return tuple(part.with_tunable(s, below(i, values)) for i, (part, s) in terms)
-
-
-def _add(terms: Iterable[Tensor]) -> Tensor:
-    """Sum of tensors, half precisions added in float32 and rounded once."""
-    first, *rest = terms
-    total = working(first)
-    for term in rest:
-        total = total + term
-    return total.to(first.dtype)
 
 
 def _same_view(a: Part[Any], b: Part[Any]) -> tuple[Part[Any], Part[Any]]:
