@@ -15,6 +15,7 @@ from lc_compress import (
     LowRank,
     Matrix,
     Part,
+    RankSelection,
     Sparse,
     Sum,
     Ternary,
@@ -243,3 +244,17 @@ def test_shares_of_a_budget() -> None:
     assert each(Sparse(nonzeros=4)).with_share(0.5) == each(Sparse(nonzeros=2))
     assert Binary().with_share(0.5) is None
     assert each(Binary()).with_share(0.5) is None
+
+
+def test_tensors_of_a_group_may_store_other_fields() -> None:
+    """A factor of rank 0 has nothing to quantize."""
+    part = each(RankSelection(1.0).then(KMeans(2)), [(4, 5), (5, 4)])
+    w = torch.cat([torch.zeros(20), torch.randn(20, generator=torch.Generator().manual_seed(0))])
+    state = part.project(w, mu=10.0)
+    assert [s.outer.rank > 0 for s in state] == [False, True]
+    arrays = {
+        n: f.coding.unpack(f.coding.pack(f.data), f.data.shape)
+        for n, f in part.encode(state).items()
+    }
+    again = part.decode(arrays, w.shape, w.dtype)
+    assert torch.equal(part.reconstruct(again), part.reconstruct(state))

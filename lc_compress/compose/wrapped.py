@@ -159,13 +159,15 @@ class Each(Part[States]):
         """
         each = [self.part.encode(s) for s in state]
         fields: dict[str, Field] = {}
-        for name, first in each[0].items():
-            group = [fields_of[name] for fields_of in each]
-            if all(f.per_weight and f.coding == first.coding for f in group):
-                data = torch.cat([f.data.reshape(-1) for f in group])
+        for name in dict.fromkeys(name for own in each for name in own):
+            group = {i: own[name] for i, own in enumerate(each) if name in own}
+            first = next(iter(group.values()))
+            alike = all(f.per_weight and f.coding == first.coding for f in group.values())
+            if alike and len(group) == len(each):
+                data = torch.cat([f.data.reshape(-1) for f in group.values()])
                 fields[f"all.{name}"] = Field(data, first.coding, per_weight=True)
             else:
-                for i, f in enumerate(group):
+                for i, f in group.items():
                     fields[f"{i}.{name}"] = replace(f, per_weight=False)
         return fields
 
