@@ -59,7 +59,8 @@ class LowRank(Part[LowRankState]):
       for h = 1 and for h = a bᵀ, and ends no worse.
 
     Exact up to the rounding of the factors to w's dtype and to `value_dtype`; with a `value_dtype`
-    the part does not claim to be exact. Ties in the spectrum are broken by `torch.linalg`.
+    the part does not claim to be exact. Ties in the spectrum are broken by `torch.linalg`. The last
+    bits of the factors depend on the number of threads, as those of matrix products do.
 
     Args:
         rank: number of columns of U, at least 0, which gives Δ = 0. `rank >= min(out, in)`
@@ -253,9 +254,9 @@ def _accurate(values: Tensor, right: Tensor, total: Tensor, eps: float) -> bool:
     vectors hold. Accepted is a share of the error, or what rounding the factors costs anyway.
     """
     rank, precision = right.shape[0], torch.finfo(values.dtype).eps
-    held: list[float] = right.double().square().sum(1).tolist()
-    found: list[float] = values.tolist()
-    energy = float(total)
+    wanted = (values.double(), right.double().square().sum(1), total.reshape(1))
+    numbers: list[float] = torch.cat(wanted).tolist()  # at once: each would wait for the device
+    found, held, energy = numbers[: -rank - 1], numbers[-rank - 1 : -1], numbers[-1]
     misses = [abs(x - y) for x, y in zip(found, held, strict=False)]
     noise = 2 * max(precision * found[0], *misses)
     loss = 0.0

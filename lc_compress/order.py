@@ -50,20 +50,28 @@ def top(score: Tensor, count: int) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=flat.device)
     if count >= n:
         return torch.arange(n, device=flat.device)
-    if flat.device.type == "cpu":
-        values = flat.numpy()
-        threshold = torch.tensor(np.partition(values, n - count)[n - count])
-        found = torch.from_numpy(np.flatnonzero(values >= threshold.numpy()))
-    else:
-        threshold = torch.topk(flat, count, sorted=False).values.min()
-        found = torch.nonzero(flat >= threshold).reshape(-1)
+    return (_top_on_host if flat.device.type == "cpu" else _top_on_device)(flat, count)
+
+
+def _top_on_host(flat: Tensor, count: int) -> Tensor:
+    values = flat.numpy()
+    threshold = np.partition(values, values.size - count)[values.size - count]
+    found = torch.from_numpy(np.flatnonzero(values >= threshold))
     surplus = found.numel() - count
     if surplus:
-        tied = torch.nonzero(flat[found] == threshold).reshape(-1)
+        tied = torch.nonzero(flat[found] == torch.tensor(threshold)).reshape(-1)
         keep = torch.ones_like(found, dtype=torch.bool)
         keep[tied[tied.numel() - surplus :]] = False
         found = found[keep]
     return found
+
+
+def _top_on_device(flat: Tensor, count: int) -> Tensor:
+    """The same without waiting for the device, as `nonzero` would: solvers select in loops."""
+    threshold = torch.topk(flat, count, sorted=False).values.min()
+    above, tied = flat > threshold, flat == threshold
+    found = above | (tied & (tied.cumsum(0) <= count - above.sum()))
+    return torch.searchsorted(found.cumsum(0), torch.arange(1, count + 1, device=flat.device))
 
 
 def largest(score: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks
-from .codebook import CodebookState, FixedCodebook, checked_values, nearest
+from .codebook import CodebookState, FixedCodebook, checked_values, looked_up, nearest
 from .coding import Raw
 from .part import Field, Ops, Part, check_value_dtype, rounded, working
 from .scaling import best_scales
@@ -39,7 +39,8 @@ class ScaledCodebook(Part[ScaledState]):
 
     Args:
         values: the codebook t, at least one finite number; sorted, repeats dropped. Only their
-            ratios matter. They count as 32-bit numbers, for float64 weights as 64-bit ones.
+            ratios matter, as long as w's dtype holds the scale, about max |w| / max |t|. They count
+            as 32-bit numbers, for float64 weights as 64-bit ones.
         axis, group, value_dtype: where scales lie and how they are stored, as in `Binary`.
 
     State:
@@ -99,7 +100,7 @@ class ScaledCodebook(Part[ScaledState]):
         scale = working(state.scale)
         levels = self.unscaled.codebook(scale.dtype, scale.device)
         spread = self.blocks.spread(scale, state.codes.shape)
-        return rounded(levels[state.codes.long()] * spread, state.scale.dtype, None)
+        return rounded(looked_up(levels, state.codes) * spread, state.scale.dtype, None)
 
     def encode(self, state: ScaledState) -> dict[str, Field]:
         stored = self.value_dtype or state.scale.dtype

@@ -258,15 +258,16 @@ def _search(problem: _Problem) -> tuple[Tensor, Tensor, Tensor]:
         bound = bound.minimum(problem.energy[:, None])
         alive = bound > gain[rows][:, None] + _ROUNDING * problem.energy[:, None]
         most = alive.sum(1)
-        if not bool(most.any()):
+        living, width = torch.stack(((most > 0).sum(), most.max())).tolist()
+        if not living:
             return gain, scale, zero
-        if 2 * int((most > 0).sum()) < rows.numel():
+        if 2 * living < rows.numel():
             kept = torch.nonzero(most).squeeze(1)
             problem.keep(kept)
             rows, left, right = rows[kept], left[kept], right[kept]
-            alive, peak, most = alive[kept], peak[kept], most[kept]
+            alive, peak = alive[kept], peak[kept]
         # the living ones first; every row carries as many as the one with most
-        order = torch.argsort((~alive).byte(), dim=1, stable=True)[:, : int(most.max())]
+        order = torch.argsort((~alive).byte(), dim=1, stable=True)[:, :width]
         left, right = (x.gather(1, _like(order, x)) for x in (left, right))
         s0, s1 = left[..., 0], right[..., 0]
         margin = (s1 - s0) / 8

@@ -252,14 +252,17 @@ def _shrunk(w: Tensor, price: Tensor) -> Tensor:
 
 def _shrunk_weighted(w: Tensor, price: Tensor, h: Tensor) -> Tensor:
     """θ minimising ½ Σ h (w − θ)² + price ‖θ‖ for each row; all float64."""
+    largest = h.amax(1, keepdim=True)
+    result = torch.zeros_like(w)
+    largest = torch.where(largest > 0, largest, 1)
+    h, price = h / largest, price / largest  # whatever its size
     pull = h * w
     norm = torch.linalg.vector_norm(pull, dim=1, keepdim=True)
     rows = where(norm > price)
-    result = torch.zeros_like(w)
     if rows.numel() == 0:
         return result
     w, price, h, pull = w[rows], price[rows], h[rows], pull[rows]
-    t = (norm[rows] - price) / h.amax(1, keepdim=True)  # the root if all h are equal, else below it
+    t = norm[rows] - price  # the root if all h are equal, else below it
     for _ in range(200):
         inner = h * t + price
         share = torch.where(h > 0, pull / inner, 0)  # (blocks, size), of norm 1 at the root

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compose import Sum
+from .compose import Sum, expose
 from .part import Ops, Part
 
 Shape = tuple[int, ...]
@@ -498,6 +498,21 @@ def stores_what_it_counts(case: Case, w: Tensor) -> bool:
     return True
 
 
+def names_its_shapes(case: Case, w: Tensor) -> bool:
+    """`free_shapes` tells the shapes of the free fields from what is stored beside them: what
+    `then` reads a state back with.
+    """
+    part = case.part
+    if not part.free:
+        return False
+    state = Problem(case, w).project()
+    beside = {name: f.data for name, f in part.encode(state).items() if name not in part.free}
+    found = {name: tuple(x) for name, x in part.free_shapes(w.shape, beside).items()}
+    expected = {name: tuple(x.values.shape) for name, x in expose(part, state, None).items()}
+    expect(found == expected, f"free_shapes says {found}, the state has {expected}")
+    return True
+
+
 def is_block_stationary(case: Case, w: Tensor) -> bool:
     """No term of a `Sum` improves on what the others leave, after a cold and a warm `solve`."""
     part = case.part
@@ -669,6 +684,7 @@ PROPERTIES: tuple[Property, ...] = (
     is_optimal,
     follows_symmetries,
     stores_what_it_counts,
+    names_its_shapes,
     is_block_stationary,
     respects_importance,
     differentiates,

@@ -44,6 +44,7 @@ def has_anything_to_check(check: Property, case: Case) -> bool:
         "follows_symmetries": bool(case.symmetries),
         "is_block_stationary": isinstance(case.part, Sum),
         "is_idempotent": case.mu is None,
+        "names_its_shapes": bool(case.part.free),
     }
     return needs.get(check.__name__, True)
 
@@ -113,6 +114,9 @@ class Sign(Part[SignState]):
 
     def ops(self, state: SignState, positions: int = 1) -> Ops:
         return Ops(positions, positions * state.positive.numel())
+
+    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {"scale": torch.Size(())}
 
 
 class WrongScale(Sign):
@@ -203,6 +207,15 @@ class WrongSize(Sign):
         return super().encode(state) | {"positive": Field(state.positive, Short(1))}
 
 
+class Shapeless(Sign):
+    free_shapes = Part.free_shapes
+
+
+class WrongShape(Sign):
+    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {"scale": torch.Size((1,))}
+
+
 class FreeOperations(Sign):
     """Forgets the positions."""
 
@@ -289,6 +302,9 @@ class WrongThreshold(Part[SparseState]):
     def penalty(self, state: SparseState) -> float:
         return self.inner.penalty(state)
 
+    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {"values": arrays["positions"].shape}
+
 
 class OneSweep(Sum):
     """Stops after the greedy start: never worse than its warm start, and never good."""
@@ -336,6 +352,8 @@ def test_a_part_without_facts_is_checked_too() -> None:
         (Detached(), "differentiates", {}),
         (Lossy(), "stores_what_it_counts", {}),
         (WrongSize(), "stores_what_it_counts", {}),
+        (Shapeless(), "names_its_shapes", {}),
+        (WrongShape(), "names_its_shapes", {}),
         (FreeOperations(), "counts_operations", {}),
         (NotAdmitted(), "admits_its_states", {}),
         (QuietlyAccepts(), "refuses_bad_input", {}),

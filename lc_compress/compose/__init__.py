@@ -12,6 +12,7 @@ import torch
 
 from ..part import Part
 from ..structured import BlockForm
+from . import viewed as viewed
 from .ordered import Exposed as Exposed
 from .ordered import Then as Then
 from .ordered import ThenState as ThenState

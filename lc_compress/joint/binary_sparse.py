@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,8 @@ def _trimmed(
         for _ in range(100):
             cost = h * (u - scale) ** 2
             dropped = drop(cost)
-            now = float(torch.where(dropped, 0.0, cost).sum()) + price * int(dropped.sum())
+            paid = price * dropped.sum(dtype=torch.float64)
+            now = float(torch.where(dropped, 0.0, cost).sum() + paid)
             if now < best_error:
                 best, best_error = scale, now
             if not now < error:
@@ -104,8 +106,8 @@ def binary_sparse(
     u = working(w).abs().reshape(-1)
     n = u.numel()
     dropped = b.budget(n)
-    if dropped == n:
-        return _correct(a, b, w, u.mean(dtype=torch.float64), mu, importance)
+    if dropped == n:  # any scale will do, and 0 leaves w itself: no digit is lost
+        return _correct(a, b, w, u.new_zeros((), dtype=torch.float64), mu, importance)
     low, high = extremes(u, dropped)
     shift = u.mean(dtype=torch.float64)  # centred sums lose nothing to cancellation
     low1, low2 = _prefix(low.double() - shift)  # over the j smallest
@@ -146,7 +148,7 @@ def binary_sparse_penalty(
         raise AssertionError
     u = working(w).abs().reshape(1, -1)
     n = u.numel()
-    price = 2 * b.alpha / mu
+    price = min(2 * b.alpha / mu, sys.float_info.max)  # a finite price of nothing is nothing
     ordered = sort_rows(u).double().reshape(-1)
     reach = 2 * price**0.5
     right = torch.searchsorted(
@@ -161,7 +163,7 @@ def binary_sparse_penalty(
     first, second = _prefix(ordered - shift)
     sums = first[stop] - first[start]
     spread = second[stop] - second[start] - sums * sums / count.clamp_min(1)
-    score = torch.where(count > 0, spread, 0.0) + price * (n - count)
+    score = torch.where(count > 0, spread, 0.0) + price * (n - count).double()
     best = score.argmin()
     scale = shift + sums[best] / count[best].clamp_min(1)
     if importance is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,8 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..compose.names import as_importance
-from ..compose.wrapped import Over, OverState
 from ..low_rank import Factors, LowRank, LowRankState, finished, scaled, shifted, truncated
 from ..order import top
 from ..part import Part, rounded, squared_error, working
@@ -29,10 +28,6 @@ Corrections: TypeAlias = Callable[[Tensor, float], tuple[Tensor, float]]
 
 def _never(low: Any, sparse: Any) -> bool:
     return False
-
-
-def _shows_low_rank(over: Any, sparse: Any) -> bool:
-    return isinstance(over.part, LowRank)
 
 
 @register(LowRank, Sparse, exact=_never)
@@ -75,37 +70,6 @@ def low_rank_sparse(
         return problem.alternated(warm, 1e-9, 500)
     starts = [problem.alternated(start, 1e-3, 20) for start in problem.greedy()]
     return problem.alternated(min(starts, key=problem.value), 1e-9, 500)
-
-
-@register(Over, Sparse, applies=_shows_low_rank, exact=_never)
-@register(Over, SparsePenalty, applies=_shows_low_rank, exact=_never)
-def viewed_low_rank_sparse(
-    a: Over,
-    b: Part[SparseState],
-    w: Tensor,
-    warm: tuple[OverState, SparseState] | None,
-    mu: float | None,
-    importance: Tensor | None,
-) -> tuple[OverState, SparseState]:
-    """The same where only the low rank has a view: θ corrects an entry wherever that is shown."""
-    assert isinstance(a.part, LowRank)
-    matrix = a.view.show(w)
-    h = None if importance is None else a.view.show(as_importance(importance, w))
-    entries = torch.arange(w.numel(), device=w.device).view(w.shape)
-    shown = a.view.show(entries).reshape(-1)  # the entry of w that each of the matrix is
-    start = None
-    if warm is not None:
-        back = torch.empty_like(shown)
-        back[shown] = entries.view(-1)
-        start = warm[0].inner, _moved(warm[1], back, matrix.shape)
-    low, sparse = low_rank_sparse(a.part, b, matrix, start, mu, h)
-    return OverState(low, w.shape), _moved(sparse, shown, w.shape)
-
-
-def _moved(state: SparseState, where_to: Tensor, shape: torch.Size) -> SparseState:
-    """The state for weights of another shape, whose entries lie elsewhere."""
-    positions, order = where_to[state.positions].sort()
-    return SparseState(positions, state.values[order], shape)
 
 
 @dataclass(frozen=True)
@@ -188,6 +152,7 @@ class _Pair:
             return lambda score, share: (top(score, round(share * budget)), 0.0)
         assert isinstance(sparse, SparsePenalty)
         price = shifted(2 * sparse.alpha / weighed(sparse, self.mu), -2 * exponent)
+        price = min(price, sys.float_info.max)  # a finite price of nothing is nothing
 
         def priced(score: Tensor, share: float) -> tuple[Tensor, float]:
             found = where(score > price**0.5)
