@@ -31,6 +31,10 @@ from .schedules import geometric as geometric
 from .selection import Joint as Joint
 from .sparse import Sparse as Sparse
 from .sparse import SparsePenalty as SparsePenalty
+from .storage import FormatError as FormatError
+from .storage import inspect as inspect
+from .storage import load as load
+from .storage import save as save
 from .structured import BlockPenalty as BlockPenalty
 from .structured import BlockSparse as BlockSparse
 from .structured import GroupL2Penalty as GroupL2Penalty

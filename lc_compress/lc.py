@@ -143,6 +143,16 @@ class LC:
         return self.schedule[min(self.position, len(self.schedule) - 1)]
 
     @property
+    def finished(self) -> bool:
+        """Whether `finalize` has ended the run."""
+        return self._finished
+
+    @property
+    def inside(self) -> str | None:
+        """ "compressed" or "refine" inside these, else None."""
+        return self._busy
+
+    @property
     def guarded(self) -> int:
         """Optimizer steps in which the learning-rate guard was below the optimizer's own rate."""
         return self._guarded + (self._hook.guarded if self._hook else 0)

@@ -99,6 +99,12 @@ def blocks(page: str) -> Iterator[str]:
         yield "\n" * text[: match.start(1)].count("\n") + match[1]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages write files where they run."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run(page: str, yours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that the page's blocks make; importable, as pickling a part of theirs needs."""
     module = ModuleType("page_" + re.sub(r"\W", "_", page))
@@ -134,6 +140,10 @@ def test_readme(yours: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning beats direct compression; the third-party part passes the contract and trains."""
     module = run("README.md", yours, monkeypatch)
     assert module.learned < module.direct
+    assert Path("model.lc").stat().st_size < 6_000
+    with torch.no_grad():
+        x = torch.randn(5, 1, 8, 8)
+        torch.testing.assert_close(module.packed.eval()(x), module.dense.eval()(x))
 
     (written,) = [block for block in blocks("README.md") if "class SharedRow(" in block]
     assert sum(bool(line.strip()) for line in written.splitlines()) < 30

@@ -1,0 +1,130 @@
+"""Codes, one per weight: binary, ternary, codebooks, integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..blocks import Blocks
+from ..coding import Fixed, Radix
+from .packed import Packed
+from .term import Term
+from .unpacking import byte_table, codes, from_bytes, in_bytes, write_selected
+
+
+class Ready(NamedTuple):
+    """table: values for each byte, or for each code; None: the code itself plus `first`."""
+
+    table: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+
+
+class Coded(Term):
+    """Δ = (t[q] − z) · a with codes q, levels t, and in each block a scale a and a zero point z.
+
+    Levels are given, or stored as "codebook", or the integers from `first` on; scales are stored as
+    "scale" or 1; zero points as "zero" or 0.
+    """
+
+    levels: Tensor | None
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Packed],
+        name: str,
+        blocks: Blocks,
+        shape: torch.Size,
+        levels: Tensor | None = None,
+        first: int = 0,
+    ) -> None:
+        super().__init__(arrays)
+        self.name, self.first = name, first
+        coding = self.codings[name]
+        assert isinstance(coding, Fixed | Radix)
+        self.coding = coding
+        # the block of flat position f is (f // run) % count
+        self.count = blocks.count(shape)
+        if blocks.axis is not None:
+            self.run = math.prod(shape[blocks.axis % len(shape) + 1 :])
+        else:
+            self.run = blocks.group or math.prod(shape)
+        if levels is not None:  # bytes of float64, which no cast touches
+            levels = levels.contiguous().view(torch.uint8).to(self.payload(name).device)
+        self.register_buffer("levels", levels, persistent=False)
+
+    def prepare(self, dtype: torch.dtype) -> Ready:
+        table: Tensor | None = None
+        if self.levels is not None:
+            table = self.levels.view(torch.float64).to(dtype)
+        elif "codebook" in self.codings:
+            table = self.floats("codebook").to(dtype)
+        elif in_bytes(self.coding):
+            assert isinstance(self.coding, Fixed)
+            count, device = 2**self.coding.width, self.payload(self.name).device
+            table = torch.arange(self.first, self.first + count, dtype=dtype, device=device)
+        scale = self.floats("scale").to(dtype) if "scale" in self.codings else None
+        zero = None
+        if "zero" in self.codings:
+            coding, count = self.codings["zero"], math.prod(self.sizes["zero"])
+            assert isinstance(coding, Fixed)
+            zero = codes(self.payload("zero"), coding, 0, count).to(dtype)
+        if table is not None and self.count == 1:  # one block: a table of Δ itself
+            table = table if zero is None else table - zero
+            table = table if scale is None else table * scale
+            scale = zero = None
+        if table is not None and in_bytes(self.coding):
+            table = byte_table(self.coding, table)
+        return Ready(table, scale, zero)
+
+    def fill(self, total: Tensor, ready: Ready, start: int) -> None:
+        payload, stop = self.payload(self.name), start + total.shape[0]
+        step = total.shape[0] if torch.compiler.is_compiling() else self._piece()
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            here = total.narrow(0, a - start, b - a)
+            if ready.table is None:
+                here.copy_(codes(payload, self.coding, a, b))
+            elif in_bytes(self.coding):
+                from_bytes(payload, ready.table, a, b, here)
+            else:
+                read = codes(payload, self.coding, a, b)
+                write_selected(here, ready.table, read)
+        if ready.table is None and self.first:
+            total += self.first
+        if ready.scale is not None or ready.zero is not None:
+            grid, blocks = self._grid(total, start, stop)
+            if ready.zero is not None:
+                grid -= _taken(ready.zero, blocks)
+            if ready.scale is not None:
+                grid *= _taken(ready.scale, blocks)
+
+    def _piece(self) -> int:
+        """Codes that are read at once: their numbers on the way take at most 512 kB."""
+        if not in_bytes(self.coding):
+            return 1 << 15
+        per_byte = self.coding.digits if isinstance(self.coding, Radix) else 8 // self.coding.width
+        return per_byte << 16
+
+    def _grid(self, values: Tensor, start: int, stop: int) -> tuple[Tensor, Any]:
+        """A view of the values, and the blocks that broadcast to it: a range, or their numbers."""
+        run, count = self.run, self.count
+        if start % run == 0 and stop % run == 0:
+            first, last = start // run, stop // run
+            if first // count == (last - 1) // count:  # within one turn through the blocks
+                return values.view(-1, run), (first % count, last - first)
+            if first % count == 0 and last % count == 0:
+                return values.view(-1, count, run), (0, count)
+        f = torch.arange(start, stop, device=values.device)
+        return values, f // run % count
+
+
+def _taken(x: Tensor, blocks: Any) -> Tensor:
+    if isinstance(blocks, Tensor):
+        return x[blocks]
+    first, number = blocks
+    return x.narrow(0, first, number)[:, None]

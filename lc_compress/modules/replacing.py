@@ -1,0 +1,208 @@
+"""Put packed modules in the place of plain ones, and the other way round."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..part import Part
+from .layers import Conv1d, Conv2d, Embedding, Linear, PackedModule
+from .packed import Packed, pack
+from .weight import Materialize, PackedWeight
+
+KINDS: dict[type[nn.Module], type[PackedModule]] = {
+    kind.plain: kind for kind in (Linear, Conv1d, Conv2d, Embedding)
+}
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedState:
+    """A state as it lies in a file: the packed arrays of `part.encode`, by name. Given instead of a
+    state, it is never unpacked as a whole.
+    """
+
+    arrays: Mapping[str, Packed]
+
+
+def compress_module(
+    module: nn.Module, part: Part[Any], state: Any, materialize: Materialize = "never"
+) -> PackedModule:
+    """The packed module that computes as `module` with the weight `part.reconstruct(state)`.
+
+    Bias, hyper-parameters and the training flag are those of `module`; its weight is not looked at
+    and may be on the meta device. The packed arrays go to its device, from meta to the state's.
+
+    Args:
+        module: an `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` or `nn.Embedding`, not a subclass.
+        part, state: of its weight; the state may be a `PackedState`.
+        materialize: "never", "on_load" or "on_first_use", see `PackedWeight`.
+
+    Raises:
+        TypeError: another kind of module.
+        ValueError: a module with hooks, or an embedding with an option that needs its weight; a
+            state for weights of another shape; an unknown `materialize`.
+    """
+    kind = KINDS.get(type(module))
+    if kind is None:
+        raise TypeError(
+            f"compress_module takes {', '.join(k.__name__ for k in KINDS)}, not subclasses, got "
+            f"{type(module).__name__}."
+        )
+    _check(module)
+    packed = _packed([module], part, state, materialize)
+    return kind(module, packed)
+
+
+def replace_modules(
+    model: nn.Module,
+    weights: Mapping[str | tuple[str, ...], tuple[Part[Any], Any]],
+    materialize: Materialize = "never",
+) -> nn.Module:
+    """Swap, in place, the modules that hold these weights for packed ones; returns `model`.
+
+    Modules that share a weight share its packed arrays. A weight gets dense, Δ(θ) in its parameter,
+    where not all that use it are modules `compress_module` takes (recurrent layers, transposed
+    convolutions, parameters of the user's own modules), and so do those of a joint group.
+
+    Args:
+        model: may be on the meta device; packed weights are then never dense in memory.
+        weights: (part, state) by the parameter's name, "layer1.0.conv1.weight"; for a joint group
+            by the tuple of the names. The state may be a `PackedState`.
+        materialize: as `compress_module`.
+
+    Raises:
+        ValueError: no such parameter; the weight of `model` itself; as `compress_module`.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name in (n for names in weights for n in _tuple(names)):
+        if name not in named:
+            raise ValueError(f"No parameter named {name!r}. The model has: {sorted(named)}.")
+    if type(model) in KINDS:
+        raise ValueError(
+            f"{type(model).__name__} cannot be replaced in place: use `compress_module`."
+        )
+    users: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                users.setdefault(p, []).append((module, name))
+    swapped: dict[nn.Module, nn.Module] = {}
+    done: set[nn.Parameter] = set()
+    for names, (part, state) in weights.items():
+        own = [named[name] for name in _tuple(names)]
+        if done.intersection(own):
+            raise ValueError(f"{names} is a weight that is given under another name, too.")
+        done.update(own)
+        owners = users[own[0]]
+        if len(own) == 1 and all(type(m) in KINDS and name == "weight" for m, name in owners):
+            for module, _ in owners:
+                _check(module)
+            packed = _packed([m for m, _ in owners], part, state, materialize)
+            swapped |= {m: KINDS[type(m)](m, packed) for m, _ in owners}
+        else:
+            _write_dense(own, users, part, state)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in swapped:
+                parent._modules[name] = swapped[child]
+    return model
+
+
+def unpack_all(model: nn.Module) -> nn.Module:
+    """Unpack now what is to be unpacked at the first use, for a model that is compiled or exported
+    next; returns `model`.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.form()
+    return model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of `model` with plain modules in the place of packed ones; shared weights are shared
+    again.
+    """
+    model = copy.deepcopy(model)
+    weights: dict[PackedWeight, nn.Parameter] = {}
+    swapped: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            if module.packed not in weights:
+                weights[module.packed] = nn.Parameter(module.packed.dense())
+            swapped[module] = module.with_weight(weights[module.packed])
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in swapped:
+                parent._modules[name] = swapped[child]
+    return swapped.get(model, model)
+
+
+def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _check(module: nn.Module) -> None:
+    """Refuse what a packed module would silently do otherwise."""
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise ValueError(
+            f"{type(module).__name__} has hooks, which a packed module would not have. Remove them "
+            "first (a hook that computes the weight, by `remove_weight_norm` or the like)."
+        )
+    if isinstance(module, nn.Embedding):
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option):
+                raise ValueError(
+                    f"Embedding with {option}={getattr(module, option)} cannot be packed: the "
+                    f"option acts on a weight that is trained. Set it to "
+                    f"{None if option == 'max_norm' else False}."
+                )
+
+
+def _packed(
+    modules: list[nn.Module], part: Part[Any], state: Any, materialize: Materialize
+) -> PackedWeight:
+    weight = modules[0].weight
+    assert isinstance(weight, Tensor)
+    arrays = dict(state.arrays) if isinstance(state, PackedState) else pack(part, state)
+    if not weight.is_meta:
+        arrays = {
+            name: Packed(x.coding, x.shape, x.payload.to(weight.device))
+            for name, x in arrays.items()
+        }
+    products = frozenset.intersection(*(KINDS[type(m)].products(m) for m in modules))
+    return PackedWeight(part, arrays, weight.shape, weight.dtype, materialize, products)
+
+
+@torch.no_grad()
+def _write_dense(
+    own: list[nn.Parameter],
+    users: Mapping[nn.Parameter, Iterable[tuple[nn.Module, str]]],
+    part: Part[Any],
+    state: Any,
+) -> None:
+    """Δ(θ) into the parameters; those on the meta device are replaced."""
+    sizes = [p.numel() for p in own]
+    shape = own[0].shape if len(own) == 1 else torch.Size((sum(sizes),))
+    if isinstance(state, PackedState):
+        arrays = {name: x.unpack() for name, x in state.arrays.items()}
+        state = part.decode(arrays, shape, own[0].dtype)
+    delta = part.reconstruct(state)
+    if delta.shape != shape:
+        raise ValueError(
+            f"{part}: the state is for weights of shape {tuple(delta.shape)}, the model has "
+            f"{tuple(shape)}."
+        )
+    for p, piece in zip(own, delta.reshape(-1).split(sizes), strict=True):
+        if not p.is_meta:
+            p.copy_(piece.view(p.shape))
+            continue
+        new = nn.Parameter(piece.view(p.shape).to(p.dtype, copy=True), p.requires_grad)
+        for module, name in users[p]:
+            module._parameters[name] = new

@@ -1,0 +1,239 @@
+"""Reading a packed file: into a model, or into a plain file of dense weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import Materialize, Packed, PackedState, as_bytes, replace_modules
+from ..selection import clean, unwrap
+from .records import PackedFile, Record
+from .specs import known_types
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_SAFETENSORS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    materialize: Materialize | None = None,
+    parts: Iterable[type] = (),
+) -> Model:
+    """Read a packed file into `model`, which is returned.
+
+    Executes no code of the file. All checksums, names and shapes are compared before anything is
+    changed; then tensor by tensor is decoded on the CPU and copied into the model's own, in the
+    model's type and on its device.
+
+    Args:
+        path: a file that `save` wrote.
+        model: one of the same architecture, on any device. Tensors on the meta device are made
+            anew, on the CPU.
+        materialize: None: plain layers with dense weights. Otherwise `Linear`, `Conv1d`, `Conv2d`
+            and `Embedding` layers whose weight is compressed alone become layers that hold the
+            packed parts (`modules`), by this policy: "never" unpacks in each forward, "on_load" and
+            "on_first_use" once. Other compressed weights are dense all the same.
+        parts: classes of third-party parts and views that the file may name.
+
+    Raises:
+        FormatError: not a packed file, damaged, of an unknown version or with unknown parts; the
+            message names the file, the tensor and the cause.
+        ValueError: a file of another model: names that are missing there or here, other shapes.
+        OSError: it cannot be read.
+    """
+    if materialize not in (None, "never", "on_load", "on_first_use"):
+        raise ValueError(
+            "load: materialize must be 'never', 'on_load', 'on_first_use' or None, got "
+            f"{materialize!r}."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load reads into a module, got {type(model).__name__}.")
+    file = PackedFile(Path(path), known_types(parts), bounded=False)
+    inner = unwrap(model)
+    targets = _matched(file, inner)
+    file.check()
+    copies: dict[str, list[str]] = {}  # tied in the file, but not in the model
+    for alias, first in file.aliases.items():
+        if targets[alias] is not targets[first]:
+            copies.setdefault(first, []).append(alias)
+    for record in file.records:
+        packed = materialize is not None and record.part is not None
+        if packed:
+            assert materialize is not None
+            _swap(inner, targets, file, record, materialize)
+        if packed and copies.keys().isdisjoint(record.names):
+            continue
+        for name, x in file.tensors(record).items():
+            own = [] if packed else [name]
+            for target in (*own, *copies.get(name, ())):
+                _fill(inner, targets, target, x)
+    return model
+
+
+def _swap(
+    model: nn.Module,
+    targets: Mapping[str, Tensor],
+    file: PackedFile,
+    record: Record,
+    materialize: Materialize,
+) -> None:
+    """The layers that use a compressed weight hold it packed; where they cannot, it is dense."""
+    for name, dtype in zip(record.names, record.dtypes, strict=True):
+        if targets[name].dtype != dtype:
+            raise ValueError(
+                f"load: {name} is {dtype} in {file.path}, {targets[name].dtype} in the model. With "
+                "materialize= they must be the same: cast the model afterwards."
+            )
+    payloads = file.payloads(record)
+    arrays = {f.name: Packed(f.coding, f.shape, as_bytes(payloads[f.name])) for f in record.fields}
+    raw = {clean(n): n for n, _ in model.named_parameters(remove_duplicate=False)}
+    names = tuple(raw[name] for name in record.names)
+    key = names[0] if len(names) == 1 else names
+    assert record.part is not None
+    try:
+        replace_modules(model, {key: (record.part, PackedState(arrays))}, materialize)
+    except Exception as cause:
+        raise ValueError(f"{file.path}: {record}: {cause}") from cause
+
+
+def _matched(file: PackedFile, model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by name, each with one in the file of the same shape.
+
+    Raises:
+        ValueError: they do not match; the message says which.
+    """
+    targets = {clean(n): x for n, x in model.state_dict(keep_vars=True).items()}
+    stored = {
+        name: shape for r in file.records for name, shape in zip(r.names, r.shapes, strict=True)
+    }
+    names = {*stored, *file.aliases}
+    missing, extra = sorted(set(targets) - names), sorted(names - set(targets))
+    if missing or extra:
+        raise ValueError(
+            f"{file.path} is of another model: it lacks {_some(missing)}, and has {_some(extra)} "
+            "which the model has not."
+        )
+    for name, shape in stored.items():
+        if not isinstance(targets[name], Tensor) or targets[name].shape != shape:
+            raise ValueError(
+                f"{file.path} is of another model: {name} has shape {tuple(shape)} there, "
+                f"{tuple(getattr(targets[name], 'shape', ()))} in the model."
+            )
+    for alias, first in file.aliases.items():
+        if targets[alias].shape != targets[first].shape:
+            raise ValueError(
+                f"{file.path} is of another model: there {alias} is the same tensor as {first}, of "
+                f"shape {tuple(targets[first].shape)}, here it has shape "
+                f"{tuple(targets[alias].shape)}."
+            )
+    owner: dict[int, str] = {}
+    for name in stored:
+        other = owner.setdefault(id(targets[name]), name)
+        if other != name:
+            raise ValueError(
+                f"{file.path} is of another model: {name} and {other} are one tied tensor in the "
+                "model, two in the file."
+            )
+    return targets
+
+
+def _some(names: list[str]) -> str:
+    text = ", ".join(names[:4]) or "nothing"
+    return text if len(names) <= 4 else f"{text}, … ({len(names)})"
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, targets: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Copy into the model's own tensor; one on the meta device is replaced, wherever it is tied."""
+    target = targets[name]
+    if (target.is_complex(), target.is_floating_point()) != (
+        value.is_complex(),
+        value.is_floating_point(),
+    ):
+        raise ValueError(f"load: {name} is {value.dtype} in the file, {target.dtype} here.")
+    if not target.is_meta:
+        target.copy_(value)
+        return
+    made = value.to(target.dtype, copy=True)
+    if isinstance(target, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=target.requires_grad)
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for key, x in own.items():
+                if x is target:
+                    own[key] = made  # type: ignore[assignment]
+    targets.update({other: made for other, x in targets.items() if x is target})
+
+
+def to_dense(
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    parts: Iterable[type] = (),
+) -> None:
+    """Write the dense weights of a packed file as a plain safetensors file, atomically; one record
+    is in memory at a time. Tied tensors are written under each of their names.
+
+    Raises:
+        FormatError: see `load`. Nothing is then written.
+        OSError: a file cannot be read or written.
+    """
+    file = PackedFile(Path(path), known_types(parts))
+    file.check()
+    aliases: dict[str, list[str]] = {}
+    for alias, first in file.aliases.items():
+        aliases.setdefault(first, []).append(alias)
+    header: dict[str, Any] = {}
+    offset = 0
+    for record in file.records:
+        for name, shape, dtype in zip(record.names, record.shapes, record.dtypes, strict=True):
+            if dtype not in _SAFETENSORS:
+                raise ValueError(f"to_dense: a safetensors file has no type for {name}, {dtype}.")
+            size = shape.numel() * dtype.itemsize
+            for each in (name, *aliases.get(name, ())):
+                header[each] = {
+                    "dtype": _SAFETENSORS[dtype],
+                    "shape": list(shape),
+                    "data_offsets": [offset, offset + size],
+                }
+                offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    out = Path(target)
+    temporary = out.with_name(f"{out.name}.tmp")
+    try:
+        with open(temporary, "wb") as sink:
+            sink.write(len(text).to_bytes(8, "little") + text)
+            for record in file.records:
+                for name, x in file.tensors(record).items():
+                    data = x.contiguous().reshape(-1).view(torch.uint8).numpy()
+                    for _ in (name, *aliases.get(name, ())):
+                        sink.write(data.data)
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
