@@ -20,20 +20,26 @@ from torch import Tensor, nn
 
 from lc_compress import (
     LC,
+    NM,
     Binary,
+    FixedCodebook,
+    Int,
     Joint,
     KMeans,
     LowRank,
     Matrix,
+    PowersOfTwo,
     RankSelection,
+    ScaledCodebook,
     Sparse,
+    Ternary,
     constant,
     each,
     modules,
 )
 from lc_compress.__main__ import main
 from lc_compress.part import Field, Part
-from lc_compress.storage import FormatError, container, inspect, load, save, to_dense, verify
+from lc_compress.storage import FormatError, container, inspect, load, save, tiles, to_dense, verify
 from lc_compress.storage.records import PackedFile
 from lc_compress.storage.saving import Compressed, _write
 from lc_compress.storage.specs import built_part, describe_part, known_types
@@ -93,6 +99,36 @@ def written(path: Path, part: Part[Any], w: Tensor, mu: float | None) -> Any:
 
 
 # ------------------------------------------------------------------ what is stored
+
+
+@pytest.mark.parametrize("tile", [1, 20])
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(Binary(), Binary(axis=0), Binary(axis=1), Binary(group=5), Ternary(axis=-2)),
+        *(KMeans(3), FixedCodebook((-1, 0, 0.5)), PowersOfTwo(2), ScaledCodebook((-1, 2), axis=0)),
+        *(Int(4, axis=0), Int(3, symmetric=False), Int(3, axis=0, symmetric=False), Int(9)),
+        Binary(axis=0) + Sparse(density=0.1) + NM(1, 4),
+        Sparse(density=0.1) + Binary(),
+        Binary() + LowRank(1) + Sparse(nonzeros=3),
+    ],
+    ids=str,
+)
+def test_loading_a_few_rows_at_a_time(
+    part: Part[Any],
+    tile: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generator: torch.Generator,
+) -> None:
+    monkeypatch.setattr(tiles, "TILE", tile)
+    w = torch.randn(13, 4, 2, generator=generator)
+    w = w.flatten(1) if "LowRank" in str(part) else w
+    delta = part.reconstruct(written(tmp_path / "x.lc", part, w, None))
+    loaded = load(tmp_path / "x.lc", Holder(torch.full_like(w, torch.nan)))
+    assert torch.equal(loaded.w, delta)
+    turned = torch.full_like(w, torch.nan).transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(load(tmp_path / "x.lc", Holder(turned)).w, delta)
 
 
 @pytest.mark.parametrize("kind", [gaussian, zero], ids=["gaussian", "zero"])

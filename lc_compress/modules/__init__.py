@@ -1,4 +1,9 @@
-"""Modules that run from packed weights."""
+"""Modules that run from packed weights: `Linear`, `Conv1d`, `Conv2d` and `Embedding` hold the bytes
+of a part's state, and unpack them by a policy (`PackedWeight`).
+
+`compress_module` makes one, `replace_modules` swaps those of a model in place, `to_dense` gives the
+plain modules back.
+"""
 
 from .layers import Conv1d as Conv1d
 from .layers import Conv2d as Conv2d

@@ -15,6 +15,7 @@ from ..modules import Materialize, Packed, PackedState, as_bytes, replace_module
 from ..selection import clean, unwrap
 from .records import PackedFile, Record
 from .specs import known_types
+from .tiles import fill
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -85,6 +86,11 @@ def load(
             assert materialize is not None
             _swap(inner, targets, file, record, materialize)
         if packed and copies.keys().isdisjoint(record.names):
+            continue
+        if not packed and _tiled(inner, targets, file, record):
+            (name,) = record.names
+            for alias in copies.get(name, ()):
+                _fill(inner, targets, alias, targets[name].detach())
             continue
         for name, x in file.tensors(record).items():
             own = [] if packed else [name]
@@ -166,18 +172,37 @@ def _some(names: list[str]) -> str:
 
 
 @torch.no_grad()
+def _tiled(model: nn.Module, targets: dict[str, Tensor], file: PackedFile, record: Record) -> bool:
+    """Write Δ(θ) into the model's own tensor a few rows at a time; False where that cannot be."""
+    part = record.part
+    if part is None or len(record.names) > 1 or record.shape.numel() == 0:
+        return False
+    (name,), (dtype,) = record.names, record.dtypes
+    if targets[name].dtype != dtype or targets[name].device.type not in ("cpu", "meta"):
+        return False
+    arrays = file.arrays(record)
+    target = _made(model, targets, name).detach()
+    return file.attempt(record, lambda: fill(part, arrays, target))
+
+
+@torch.no_grad()
 def _fill(model: nn.Module, targets: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Copy into the model's own tensor; one on the meta device is replaced, wherever it is tied."""
+    """Copy into the model's own tensor."""
     target = targets[name]
     if (target.is_complex(), target.is_floating_point()) != (
         value.is_complex(),
         value.is_floating_point(),
     ):
         raise ValueError(f"load: {name} is {value.dtype} in the file, {target.dtype} here.")
+    _made(model, targets, name).copy_(value)
+
+
+def _made(model: nn.Module, targets: dict[str, Tensor], name: str) -> Tensor:
+    """The model's own tensor; one on the meta device is replaced, wherever it is tied."""
+    target = targets[name]
     if not target.is_meta:
-        target.copy_(value)
-        return
-    made = value.to(target.dtype, copy=True)
+        return target
+    made = torch.empty_like(target, device="cpu", requires_grad=False)
     if isinstance(target, nn.Parameter):
         made = nn.Parameter(made, requires_grad=target.requires_grad)
     for module in model.modules():
@@ -186,6 +211,7 @@ def _fill(model: nn.Module, targets: dict[str, Tensor], name: str, value: Tensor
                 if x is target:
                     own[key] = made  # type: ignore[assignment]
     targets.update({other: made for other, x in targets.items() if x is target})
+    return made
 
 
 def to_dense(
