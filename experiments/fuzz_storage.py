@@ -305,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     content = {
         "command": f"python experiments/fuzz_storage.py --count {options.count} "
         f"--kills {options.kills} --seed {options.seed}",
+        "config": {"count": options.count, "kills": options.kills, "seed": options.seed},
         "result": result,
         "commit": commit.stdout.strip(),
         "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),

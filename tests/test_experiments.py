@@ -268,3 +268,36 @@ def test_wrong_settings(load: Callable[[str], Any], capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         load("digits").parse(["--gradient", "other"])
     assert "invalid choice: 'other'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ packed files
+
+
+def test_packed_files(tmp_path: Path) -> None:
+    done = run("packed_files.py", "--smoke", "--out", tmp_path / "packed.json")
+    result = read(tmp_path / "packed.json", ORIGIN | {"wall_seconds"})
+    assert [(row["density"], row["entropy_coded"]) for row in result["sizes"]] == [
+        (density, coded) for density in (0.01, 0.02, 0.03, 0.05) for coded in (False, True)
+    ]
+    for row in result["sizes"]:  # of random weights: the target is that of the pretrained ones
+        assert row["header_share"] < 0.025
+        assert row["ratio"] > row["target"]
+    (loaded,), (held,) = result["loading"], result["memory"]
+    assert loaded["bytes"] < loaded["dense_bytes"] / 20
+    assert loaded["ratio"] > 0 and held["save_layers"] >= 0
+    assert "Binary" in done.stdout
+
+
+def test_fuzz_storage(tmp_path: Path) -> None:
+    options = ("--count", 60, "--kills", 1, "--quiet", "--out", tmp_path / "fuzz.json")
+    done = run("fuzz_storage.py", *map(str, options))
+    result = read(tmp_path / "fuzz.json", ORIGIN | {"wall_seconds"})
+    assert sum(result["outcomes"].values()) == result["mutations"] == 60
+    assert result["failures"] == result["kills"]["failures"] == []
+    assert "0 failures in 60 mutations and 1 kills" in done.stdout
+
+
+def test_trimmed(tmp_path: Path) -> None:
+    run("trimmed.py", "--smoke", "--out", tmp_path / "trimmed.json")
+    content = json.loads((tmp_path / "trimmed.json").read_text(encoding="utf-8"))
+    assert content["result"] and all(map(math.isfinite, numbers(content["result"])))

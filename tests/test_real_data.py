@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from lc_compress import LC, Binary, KMeans, Sparse, geometric
+from lc_compress import LC, Binary, Int, KMeans, LowRank, Sparse, constant, geometric, load, save
 from lc_compress.part import squared_error
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -91,3 +92,86 @@ def test_c_steps_on_real_layers_are_optimal(resnet20: Any) -> None:
         clusters, values = kmeans1d.cluster(w.flatten().double().numpy(), 4)
         optimal = squared_error(w.flatten(), torch.tensor(values)[torch.tensor(clusters)])
         assert reached == pytest.approx(optimal, rel=1e-6), name
+
+
+# ------------------------------------------------------------------ packed files of real networks
+
+PACKED = Binary() + Sparse(density=0.02, value_dtype=torch.float16)
+POLICIES: tuple[Any, ...] = ("never", "on_load", "on_first_use")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("depth", [20, 32, 44, 56])
+def test_packed_resnets_agree(
+    depth: int,
+    dtype: torch.dtype,
+    experiment: Any,
+    data_folder: Path,
+    tmp_path: Path,
+    generator: torch.Generator,
+) -> None:
+    """Saved, loaded, dense and packed: the same logits to rounding."""
+    model = experiment.ResNet(depth)
+    (weights,) = (data_folder / "resnet_cifar10").glob(f"resnet{depth}-*.th")
+    state = torch.load(weights, weights_only=True, map_location="cpu")["state_dict"]
+    model.load_state_dict(
+        {name.removeprefix("module."): x for name, x in state.items()}, strict=False
+    )
+    tasks = {"*conv*.weight": PACKED, "linear.weight": LowRank(4) + Sparse(density=0.05)}
+    lc = LC(model, tasks, schedule=constant(1.0, 1))
+    lc.finalize(calibration=None)
+    save(lc, tmp_path / "net.lc")
+    dense = load(tmp_path / "net.lc", experiment.ResNet(depth)).eval()
+    for name, x in model.state_dict().items():
+        assert torch.equal(dense.state_dict()[name], x), name
+    images = torch.randn(4, 3, 32, 32, generator=generator).to(dtype)
+    near = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.5}
+    with torch.no_grad():
+        expected = dense.to(dtype)(images)
+        for policy in POLICIES:
+            packed = load(tmp_path / "net.lc", experiment.ResNet(depth), materialize=policy)
+            torch.testing.assert_close(packed.eval().to(dtype)(images), expected, **near)
+
+
+def test_packed_matrices_of_the_language_model_agree(
+    data_folder: Path, tmp_path: Path, generator: torch.Generator
+) -> None:
+    """Every matrix of a layer, and the tied embedding, as layers of their own."""
+    with np.load(data_folder / "stories15m" / "stories15M_fp16.npz") as arrays:
+        names = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+        matrices = {name: torch.from_numpy(arrays[name][0].astype(np.float32)) for name in names}
+        embedding = torch.from_numpy(arrays["tok_emb"].astype(np.float32))
+
+    def layers() -> nn.ModuleDict:
+        made = nn.ModuleDict(
+            {name: nn.Linear(*reversed(w.shape), bias=False) for name, w in matrices.items()}
+        )
+        made["embedding"] = nn.Embedding(*embedding.shape)
+        made["head"] = nn.Linear(*reversed(embedding.shape), bias=False)
+        made["head"].weight = made["embedding"].weight
+        return made
+
+    model = layers()
+    with torch.no_grad():
+        model["embedding"].weight.copy_(embedding)
+        for name, w in matrices.items():
+            model[name].weight.copy_(w)
+    tasks = {
+        "w[qkvo].weight": PACKED,
+        "w[12].weight": LowRank(16) + Sparse(density=0.02),
+        "w3.weight": Int(4, axis=0),
+        "embedding.weight": KMeans(16),
+    }
+    lc = LC(model, tasks, schedule=constant(1.0, 1))
+    lc.finalize()
+    save(lc, tmp_path / "model.lc")
+    words = torch.randint(len(embedding), (9,), generator=generator)
+    for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-4), (torch.bfloat16, 0.05, 0.2)):
+        dense = load(tmp_path / "model.lc", layers()).to(dtype)
+        for policy in POLICIES:
+            packed = load(tmp_path / "model.lc", layers(), materialize=policy).to(dtype)
+            assert packed["head"].packed is packed["embedding"].packed
+            for name in (*matrices, "head"):
+                x = torch.randn(3, dense[name].in_features, generator=generator).to(dtype)
+                torch.testing.assert_close(packed[name](x), dense[name](x), rtol=rtol, atol=atol)
+            torch.testing.assert_close(packed["embedding"](words), dense["embedding"](words))
