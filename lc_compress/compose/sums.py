@@ -34,8 +34,10 @@ class Sum(Part[States]):
 
     Solves   min μ/2 Σ h (w − Σ_i Δ_i(θ_i))² + Σ_i penalty_i(θ_i)
 
-    A pair with a joint solver (`joint`: binary or a fixed codebook, plus sparse) is solved
-    exactly, and if it is the whole sum, so is the sum. Otherwise block descent: each block projects
+    A pair with a joint solver (`joint`) is solved as that says: binary or given values plus sparse
+    exactly (binary plus sparse for h = 1, else monotone), a learned codebook plus sparse optimally
+    wherever its programme finishes; and if the pair is the whole sum, so is the sum. `exact` and
+    `exact_weighted` say which holds. Otherwise block descent: each block projects
     the residual that the others leave, warm-started, until a sweep lowers the objective by less
     than `tolerance`, relatively. From a warm state there is one descent. A cold start tries the
     orders of the terms (all of up to three terms, else the rotations of the written order): each is
