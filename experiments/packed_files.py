@@ -5,7 +5,7 @@ against all floats of the state dict at 32 bits; floats of 16 bits without entro
 with it. Beside it the entropy bound: signs at their entropy, positions at log2 of the number of
 supports, the upper bits of the floats at their entropy within the layer and the lower ones as they
 are, uncompressed tensors and the header as stored.
-Loading: linear layers of 59 million weights, from the warm file cache into the dense weights of a
+Loading: linear layers of 28 million weights, from the warm file cache into the dense weights of a
 model, against reading the dense float32 file into memory; the best of some repeats, one thread.
 Memory: of saving and loading, the peak beyond what the process held, in layers.
 
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds; the sizes mean nothing")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    layers, width, repeats = (3, 64, 2) if options.smoke else (25, 1536, 5)
+    layers, width, repeats = (3, 64, 2) if options.smoke else (12, 1536, 5)
     if options.job:
         kind, name, *shape, folder = options.job
         call = {"loading": loading, "peaks": peaks}[kind]
