@@ -130,13 +130,14 @@ def verify(path: str | os.PathLike[str], *, parts: Iterable[type] = ()) -> int:
     file = PackedFile(Path(path), known_types(parts))
     file.check()
     for record in file.records:
-        tensors = file.tensors(record)
         if record.part is None:
+            file.tensors(record)
             continue
-        for name, x in tensors.items():
+        state = file.state(record)
+        for name, x in file.weights(record, state).items():
             if not bool(torch.isfinite(x).all()):
                 raise FormatError(f"{path}: {name}: the weights contain NaN or inf.")
-        _check_state(file, record, file.state(record))
+        _check_state(file, record, state)
     return len(file.records)
 
 

@@ -87,12 +87,13 @@ def load(
             _swap(inner, targets, file, record, materialize)
         if packed and copies.keys().isdisjoint(record.names):
             continue
-        if not packed and _tiled(inner, targets, file, record):
+        arrays = file.arrays(record)
+        if not packed and _tiled(inner, targets, file, record, arrays):
             (name,) = record.names
             for alias in copies.get(name, ()):
                 _fill(inner, targets, alias, targets[name].detach())
             continue
-        for name, x in file.tensors(record).items():
+        for name, x in file.tensors(record, arrays).items():
             own = [] if packed else [name]
             for target in (*own, *copies.get(name, ())):
                 _fill(inner, targets, target, x)
@@ -172,7 +173,13 @@ def _some(names: list[str]) -> str:
 
 
 @torch.no_grad()
-def _tiled(model: nn.Module, targets: dict[str, Tensor], file: PackedFile, record: Record) -> bool:
+def _tiled(
+    model: nn.Module,
+    targets: dict[str, Tensor],
+    file: PackedFile,
+    record: Record,
+    arrays: Mapping[str, Tensor],
+) -> bool:
     """Write Δ(θ) into the model's own tensor a few rows at a time; False where that cannot be."""
     part = record.part
     if part is None or len(record.names) > 1 or record.shape.numel() == 0:
@@ -180,7 +187,6 @@ def _tiled(model: nn.Module, targets: dict[str, Tensor], file: PackedFile, recor
     (name,), (dtype,) = record.names, record.dtypes
     if targets[name].dtype != dtype or targets[name].device.type not in ("cpu", "meta"):
         return False
-    arrays = file.arrays(record)
     target = _made(model, targets, name).detach()
     return file.attempt(record, lambda: fill(part, arrays, target))
 

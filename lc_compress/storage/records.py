@@ -376,8 +376,8 @@ class PackedFile:
             lambda: {f.name: f.coding.unpack(payloads[f.name], f.shape) for f in record.fields},
         )
 
-    def state(self, record: Record) -> Any:
-        """θ of a compressed task, on the CPU."""
+    def state(self, record: Record, arrays: Mapping[str, Tensor] | None = None) -> Any:
+        """θ of a compressed task, on the CPU; from its arrays, if they are read already."""
         part = record.part
         assert part is not None
         if self.bounded and record.weights > _FREE + _PER_BYTE * record.bytes:
@@ -385,27 +385,35 @@ class PackedFile:
                 f"{record}: {record.bytes} bytes that stand for {record.weights} weights are only "
                 "read into a model that has them"
             )
-        arrays = self.arrays(record)
-        return self.attempt(record, lambda: part.decode(arrays, record.shape, record.dtypes[0]))
+        found = self.arrays(record) if arrays is None else arrays
+        return self.attempt(record, lambda: part.decode(found, record.shape, record.dtypes[0]))
 
-    def tensors(self, record: Record) -> dict[str, Tensor]:
-        """The model's tensors, Δ(θ) for a compressed task, on the CPU, by their names."""
-        if record.part is None:
-            arrays = self.arrays(record).values()
-            values = [
-                _restored(x, dtype, shape)
-                for x, dtype, shape in zip(arrays, record.dtypes, record.shapes, strict=True)
-            ]
-        else:
-            part, state = record.part, self.state(record)
-            delta = self.attempt(record, lambda: part.reconstruct(state))
-            if delta.shape != record.shape or delta.dtype != record.dtypes[0]:
-                raise self.error(
-                    f"{record}: the parts make weights of shape {tuple(delta.shape)}, {delta.dtype}"
-                )
-            sizes = [math.prod(shape) for shape in record.shapes]
-            pieces = delta.reshape(-1).split(sizes)
-            values = [x.view(shape) for x, shape in zip(pieces, record.shapes, strict=True)]
+    def tensors(
+        self, record: Record, arrays: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The model's tensors, Δ(θ) for a compressed task, on the CPU, by their names; from the
+        arrays, if they are read already.
+        """
+        if record.part is not None:
+            return self.weights(record, self.state(record, arrays))
+        found = (self.arrays(record) if arrays is None else arrays).values()
+        values = [
+            _restored(x, dtype, shape)
+            for x, dtype, shape in zip(found, record.dtypes, record.shapes, strict=True)
+        ]
+        return dict(zip(record.names, values, strict=True))
+
+    def weights(self, record: Record, state: Any) -> dict[str, Tensor]:
+        """Δ(θ) of a compressed task as the model's tensors, by their names."""
+        part = record.part
+        assert part is not None
+        delta = self.attempt(record, lambda: part.reconstruct(state))
+        if delta.shape != record.shape or delta.dtype != record.dtypes[0]:
+            raise self.error(
+                f"{record}: the parts make weights of shape {tuple(delta.shape)}, {delta.dtype}"
+            )
+        pieces = delta.reshape(-1).split([math.prod(shape) for shape in record.shapes])
+        values = [x.view(shape) for x, shape in zip(pieces, record.shapes, strict=True)]
         return dict(zip(record.names, values, strict=True))
 
     def attempt(self, record: Record, step: Callable[[], Made]) -> Made:
