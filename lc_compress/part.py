@@ -156,12 +156,8 @@ class Part(ABC, Generic[State]):
         """The part as its constructor was called, without what is at its default."""
         if not is_dataclass(self):
             return repr(self)
-        given = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.default is MISSING or getattr(self, f.name) != f.default
-        }
-        return f"{type(self).__name__}({', '.join(f'{name}={x}' for name, x in given.items())})"
+        arguments = (f"{name}={x}" for name, x in given(self).items())
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def project(
         self,
@@ -236,6 +232,15 @@ class Part(ABC, Generic[State]):
         from .compose import Over
 
         return Over(self, view)
+
+
+def given(thing: Any) -> dict[str, Any]:
+    """The arguments of a dataclass that are not at their default."""
+    return {
+        f.name: getattr(thing, f.name)
+        for f in fields(thing)
+        if f.init and (f.default is MISSING or getattr(thing, f.name) != f.default)
+    }
 
 
 def squared_error(w: Tensor, approximation: Tensor, importance: Tensor | None = None) -> float:

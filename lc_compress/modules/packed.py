@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..coding import Fixed, Radix, Raw
+from ..coding import Raw
+from ..codings_json import payload_bytes
 from ..part import Coding, Part
 
 
@@ -105,7 +105,7 @@ class PackedArrays(nn.Module):
         for name, shape in sizes.items():
             given = state_dict[prefix + _key(name)]
             coding = self.codings[name]
-            expected = exact_bytes(coding, shape)
+            expected = payload_bytes(coding, shape)
             if given.dtype != torch.uint8 or given.dim() != 1:
                 errors.append(f"{prefix}{_key(name)}: bytes expected, got {given.dtype}.")
             elif expected is not None and given.numel() != expected:
@@ -133,18 +133,6 @@ class PackedArrays(nn.Module):
             axes, numbers = numbers[1 : numbers[0] + 1], numbers[numbers[0] + 1 :]
             sizes[name] = torch.Size(axes)
         return None if numbers else sizes
-
-
-def exact_bytes(coding: Coding, shape: torch.Size) -> int | None:
-    """How long a payload of this shape is, where that does not depend on the data."""
-    n = math.prod(shape)
-    if isinstance(coding, Raw):
-        return n * coding.dtype.itemsize
-    if isinstance(coding, Fixed):
-        return (n * coding.width + 7) // 8
-    if isinstance(coding, Radix):
-        return -(-n // coding.digits)
-    return None
 
 
 def _key(name: str) -> str:

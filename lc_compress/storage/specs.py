@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..formats import Int
 from ..l1 import L1Ball, L1Penalty
 from ..low_rank import LowRank
 from ..nm import NM
-from ..part import Part
+from ..part import Part, given
 from ..rank_selection import RankSelection
 from ..scaled import ScaledCodebook
 from ..sparse import Sparse, SparsePenalty
@@ -91,13 +91,8 @@ def describe_part(part: Part[Any] | View) -> Spec:
     """
     if not is_dataclass(part):
         raise TypeError(f"{part} is no dataclass: its hyper-parameters cannot be stored.")
-    given = {
-        f.name: getattr(part, f.name)
-        for f in fields(part)
-        if f.init and (f.default is MISSING or getattr(part, f.name) != f.default)
-    }
     return {"type": type(part).__name__} | {
-        name: _plain(value, part, name) for name, value in given.items()
+        name: _plain(value, part, name) for name, value in given(part).items()
     }
 
 
@@ -148,9 +143,9 @@ def _built(spec: object, known: dict[str, type], depth: int) -> Any:
     unknown = set(spec) - arguments - {"type"}
     if unknown:
         raise ValueError(f"{name} has no arguments {_short(sorted(unknown))}.")
-    given = {key: _value(x, known, depth) for key, x in spec.items() if key != "type"}
+    values = {key: _value(x, known, depth) for key, x in spec.items() if key != "type"}
     try:
-        return cls(**given)
+        return cls(**values)
     except Exception as cause:  # a third-party class may raise anything
         raise ValueError(f"impossible arguments of {name}: {cause}") from cause
 
