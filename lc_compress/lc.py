@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoint as checkpoints
 from .batchnorm import Calibration, batchnorms, recalibrate
-from .lstep import Hook, PenaltyHook, Rule, SumHook
+from .lstep import Hook, ImplicitHook, PenaltyHook, Rule, SumHook
 from .metrics import Report, measure_positions, overall_gap, report, table
 from .part import Part, working
 from .refine import refining
@@ -74,6 +74,11 @@ class LC:
             experiments/digits_study.py).
         lr_guard: use min(lr, 1/μ) in the optimizer's steps; `lc.guarded` counts the steps in which
             it was below the optimizer's own rate.
+        implicit: with optimizer= and gradient="weights", leave the loss gradient alone and follow
+            the penalty after each optimizer step by w ← (w + η (μ Δ(θ) + λ)) / (1 + η μ) with the
+            step's learning rate η: stable for any μ, so no `lr_guard` is needed. The pull is not
+            accelerated by momentum: for the same effect μ must be 1 / (1 − momentum) times as
+            large.
         rule: with gradient="sum", a function (grad, w, θ) → grad that changes the loss gradient.
         example_inputs: a batch, to count the operations of convolutions in `report()`.
 
@@ -93,6 +98,7 @@ class LC:
         every: int = 1,
         multipliers: bool = True,
         lr_guard: bool = False,
+        implicit: bool = False,
         rule: Rule | None = None,
         example_inputs: Any = None,
     ) -> None:
@@ -104,8 +110,9 @@ class LC:
             "every": every,
             "multipliers": multipliers,
             "lr_guard": lr_guard,
+            "implicit": implicit,
         }
-        _check_options(self.schedule, optimizer, gradient, every, lr_guard, rule)
+        _check_options(self.schedule, optimizer, gradient, every, lr_guard, implicit, rule)
         if type(model).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 "FullyShardedDataParallel shards the weights over processes: not supported yet."
@@ -119,6 +126,7 @@ class LC:
         self._busy: str | None = None  # what holds the model's weights right now
         self._best: dict[str, Any] | None = None
         self._finished = False
+        self._released = False  # by `release`: then the model is not Δ(θ)
         self._guarded = 0  # by hooks that are gone
         self._bar: Any = None
         self._positions = measure_positions(model, example_inputs)
@@ -132,7 +140,8 @@ class LC:
                 task.weights = tuple(w.clone() for w in task.current)
                 task.show_delta()
         elif optimizer is not None:
-            self._hook = PenaltyHook(optimizer, self.tasks, lr_guard)
+            kind = ImplicitHook if implicit else PenaltyHook
+            self._hook = kind(optimizer, self.tasks, lr_guard)
         self._begin()
 
     # ------------------------------------------------------------------ the loop
@@ -144,7 +153,7 @@ class LC:
 
     @property
     def finished(self) -> bool:
-        """Whether `finalize` has ended the run."""
+        """Whether `finalize` or `release` has ended the run."""
         return self._finished
 
     @property
@@ -409,6 +418,8 @@ class LC:
         Raises:
             RuntimeError: LC steps are left, or the model's weights are in use.
         """
+        if self._released:
+            self._refuse_if_finished("refine()")
         if not self._finished and self.position < len(self.schedule):
             raise RuntimeError(
                 f"refine() fixes the structure: finish the LC steps first ({self.position} of "
@@ -428,6 +439,22 @@ class LC:
                 yield optimizer
         finally:
             self._busy = None
+
+    def release(self) -> None:
+        """End the run without compressing: the model holds w, and the optimizer's hooks are gone.
+
+        For a hand-over: a new LC on the same model goes on from w, say with another `gradient`.
+        """
+        self._refuse_if_finished("release()")
+        if self._busy:
+            raise RuntimeError(f"release() inside {self._busy}().")
+        self._check_owned()
+        with torch.no_grad():
+            for task in self.tasks:
+                for p, w in zip(task.parameters, task.current, strict=True):
+                    p.copy_(w)
+        self._detach()
+        self._finished = self._released = True
 
     def _detach(self) -> None:
         """No more hooks on the optimizer, no w beside the model's own weights."""
@@ -474,6 +501,8 @@ class LC:
             )
 
     def _refuse_if_finished(self, what: str) -> None:
+        if self._released:
+            raise RuntimeError(f"{what} after release(): the run is over and the model holds w.")
         if self._finished:
             raise RuntimeError(f"{what} after finalize(): the run is over and the model is Δ(θ).")
 
@@ -611,6 +640,7 @@ def _check_options(
     gradient: str,
     every: int,
     lr_guard: bool,
+    implicit: bool,
     rule: Rule | None,
 ) -> None:
     if optimizer is not None and not isinstance(optimizer, Optimizer):
@@ -629,6 +659,11 @@ def _check_options(
         raise ValueError(f"every={every}: at least 1, and above 1 only with gradient='sum'.")
     if rule is not None and gradient != "sum":
         raise ValueError("rule= changes the straight-through gradient: it needs gradient='sum'.")
+    if implicit and (optimizer is None or gradient != "weights" or lr_guard):
+        raise ValueError(
+            "implicit=True is a step of its own on the penalty: it needs optimizer= and "
+            "gradient='weights', and no lr_guard."
+        )
     if lr_guard and optimizer is None:
         raise ValueError("lr_guard=True needs optimizer=: the guard acts on its learning rates.")
 

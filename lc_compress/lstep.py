@@ -1,8 +1,9 @@
 """What the user's optimizer step does for LC: the two points at which the loss gradient can be
-taken.
+taken, and the two ways to follow the penalty.
 
 `PenaltyHook`: the parameters hold w; the gradient of the penalty is added just before the step
-(classic LC). `SumHook`: the parameters hold Δ(θ) and w lives here; it is put back for the step only
+(classic LC). `ImplicitHook`: the same, but the penalty has its own implicit step after the
+optimizer's. `SumHook`: the parameters hold Δ(θ) and w lives here; it is put back for the step only
 (straight-through over the sum).
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .part import working
 from .task import Task
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, Any], Tensor]
@@ -194,6 +196,35 @@ class PenaltyHook(Hook):
 
     def after(self) -> None:
         pass
+
+
+class ImplicitHook(Hook):
+    """After the optimizer's own step on the loss, w ← (w + η (μ Δ(θ) + λ)) / (1 + η μ): an implicit
+    Euler step on the penalty with the learning rate η of w's group, stable for any μ.
+    """
+
+    @torch.no_grad()
+    def begin(self, mu: float) -> None:
+        self.mu = mu
+        self._targets = {
+            id(p): (working(delta) + working(multiplier) / mu).to(p.dtype)
+            for task in self.tasks
+            for p, delta, multiplier in zip(
+                task.parameters, task.delta, task.multipliers, strict=True
+            )
+        }
+
+    def before(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def after(self) -> None:
+        for group in self.optimizer.param_groups:
+            own = [p for p in group["params"] if id(p) in self._targets and p.requires_grad]
+            pull = float(group["lr"]) * self.mu
+            if own:
+                targets = [self._targets[id(p)] for p in own]
+                torch._foreach_lerp_(own, targets, pull / (1 + pull))
 
 
 class SumHook(Hook):

@@ -401,6 +401,75 @@ def test_without_the_guard_the_rate_is_the_users() -> None:
     assert lc.guarded == 0
 
 
+# ------------------------------------------------------------------ the implicit step
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_implicit_step_follows_the_optimizers_own(tensor: bool) -> None:
+    model = net()
+    rates: list[Any] = [torch.tensor(0.05), torch.tensor(0.2)] if tensor else [0.05, 0.2]
+    groups = [
+        {"params": layer.parameters(), "lr": x} for layer, x in zip(model[::2], rates, strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, foreach=False)
+    lc = controller(model, optimizer, schedule=(0.5, 1e9, 1e9), implicit=True)
+    for step in lc.steps(progress=False):
+        layers, batch = (model[0], model[2]), batches(1)[0]
+        befores = [layer.weight.detach().clone() for layer in layers]
+        biases = [layer.bias.detach().clone() for layer in layers]
+        grads = torch.autograd.grad(loss_of(model, batch), list(model.parameters()))
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        for i, layer in enumerate(layers):
+            rate, task = float(rates[i]), lc.tasks[i]
+            moved = befores[i] - rate * grads[2 * i]
+            pull = step.mu * task.delta[0] + task.multipliers[0]
+            expected = (moved + rate * pull) / (1 + rate * step.mu)
+            torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(layer.bias.detach(), biases[i] - rate * grads[2 * i + 1])
+    assert all(task.multipliers[0].any() for task in lc.tasks)
+    lc.finalize()
+
+
+def test_the_implicit_step_leaves_frozen_weights_and_ends_with_the_run() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[0].weight.requires_grad_(False)
+    lc = LC(model, {"2.weight": PART}, schedule=(5.0,), optimizer=optimizer, implicit=True)
+    frozen = model[0].weight.clone()
+    train(lc, model, optimizer, penalty=False)
+    assert torch.equal(model[0].weight, frozen)
+    lc.finalize()
+    delta = model[2].weight.detach().clone()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(model[2].weight, delta)
+
+
+# ------------------------------------------------------------------ the hand-over
+
+
+@pytest.mark.parametrize("gradient", ["weights", "sum"])
+def test_a_released_model_holds_w_and_another_run_goes_on_from_it(gradient: Any) -> None:
+    model = net()
+    optimizer = sgd(model.parameters())
+    lc = controller(model, optimizer, gradient=gradient)
+    train(lc, model, optimizer, penalty=False)
+    w, gap = [x.clone() for task in lc.tasks for x in task.current], lc.gap()
+    lc.release()
+    assert lc.finished
+    assert all(torch.equal(x, model[i].weight) for x, i in zip(w, (0, 2), strict=True))
+    with pytest.raises(RuntimeError, match=r"release\(\): the run is over and the model holds w"):
+        lc.finalize()
+    with pytest.raises(RuntimeError, match=r"refine\(\) after release"), lc.refine(adamw):
+        pass
+    other = controller(model, optimizer, gradient="weights" if gradient == "sum" else "sum")
+    assert other.gap().keys() == gap.keys()
+    train(other, model, optimizer, penalty=False)
+    other.finalize()
+
+
 # ------------------------------------------------------------------ the loop
 
 
@@ -673,6 +742,7 @@ def test_schedules_that_are_refused(schedule: tuple[float, ...], message: str) -
         ({"every": 0}, "every=0"),
         ({"rule": lambda grad, w, state: grad}, "gradient='sum'"),
         ({"lr_guard": True}, "needs optimizer="),
+        ({"implicit": True}, "needs optimizer="),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str) -> None:

@@ -57,6 +57,7 @@ class Setup:
     every: int = 1
     hook: bool = True
     lr_guard: bool = False
+    implicit: bool = False
     mus: tuple[float, ...] = tuple(geometric(0.05, growth=1.5, steps=STEPS))
     amp: bool = True
     dtype: torch.dtype = torch.float32
@@ -72,6 +73,7 @@ SETUPS = {
     "adamw": Setup({"*.weight": KMeans(3)}, optimizer="adamw"),
     "penalty": Setup({"*.weight": PAIR}, hook=False),
     "guard": Setup({"*.weight": PAIR}, lr_guard=True, mus=(5.0, 30.0, 30.0, 50.0)),
+    "implicit": Setup({"*.weight": PAIR}, implicit=True, mus=(5.0, 30.0, 30.0, 50.0)),
     "sum": Setup({"*.weight": PAIR}, gradient="sum", every=2, amp=False),
     "sum with mu": Setup(
         {"0.weight": PAIR, "4.weight": KMeans(3)}, gradient="sum", mus=(0.0, 0.1, 0.1, 0.3)
@@ -115,6 +117,7 @@ class Run:
             gradient=setup.gradient,
             every=setup.every,
             lr_guard=setup.lr_guard,
+            implicit=setup.implicit,
         )
         self.save: dict[str, Any] = {
             "optimizer": self.optimizer,
