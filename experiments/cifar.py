@@ -1,0 +1,489 @@
+"""One CIFAR-10 run: a trained network, a compression scheme and a way to learn it.
+
+Reference, direct compression, the learned model and (with --refine) the one whose continuous fields
+were trained further, each measured from its packed file: saved, loaded into a new network, tested.
+Nothing is chosen on test images: the last step counts.
+
+Run:      python experiments/cifar.py --data DIR --weights FILE --scheme "binary + sparse 2%"
+          DIR: CIFAR-10's binary files.  FILE: the trained network, resnet20-12fca82f.th or your own
+          (--network FILE.py:factory).  --smoke: a few seconds on random data.
+Results:  OUT/NAME.json (what `report.py` reads) and OUT/NAME.lc (the packed model). The run goes on
+          from OUT/NAME.ckpt if it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import baselines
+import schemes
+import torch
+from common import add_options, changed, option, origin, write
+from networks import network, reference
+from safetensors.torch import save as dense_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+from training import CALIBRATION, Images, batches, images, loss_of, measured, train
+
+from lc_compress import LC, constant, geometric, load, recalibrate, save
+
+METHODS = ("lc-sum", "lc-weights", "lc-implicit", "handover", "finetune", "ste", "parq")
+ERRORS = {"resnet20": 8.27, "resnet32": 7.37, "resnet44": 6.90, "resnet56": 6.61}
+TRAIN_LOSS_IMAGES = 5_000
+LOCAL = ("data", "weights", "out", "name", "device")  # do not change what a run computes
+
+
+def said(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = said("data", "folder with CIFAR-10's binary files")
+    weights: str = said("", "file of the trained network")
+    out: str = said("runs", "folder of the results")
+    name: str = said("", "of the result; empty: made from the settings")
+    network: str = said("resnet20", "see networks.py, or FILE.py:factory")
+    scheme: str = said("binary + sparse 2%", "see schemes.py")
+    method: str = said("lc-sum", ", ".join(METHODS))
+    epochs: float = said(4.0, "of learning")
+    refine: float = said(0.0, "epochs of training the continuous fields afterwards")
+    steps: int = said(4, "LC steps, or checkpoints, in one epoch")
+    every: int = said(1, "lc-sum: optimizer steps between C steps")
+    handover: float = said(0.3, "handover: share of the epochs before the gradient moves to Δ(θ)")
+    mu0: float = said(0.05, "classic: first μ")
+    growth: float = said(1.6, "classic: factor of μ in one epoch")
+    multipliers: bool = said(True, "classic: augmented Lagrangian, else quadratic penalty")
+    lr: float = said(0.02, "at the start; falls linearly")
+    lr_end: float = said(0.0005, "at the end")
+    momentum: float = said(0.9, "")
+    weight_decay: float = said(1e-4, "")
+    batch: int = said(128, "")
+    distill: float = said(0.0, "share of the loss that is the divergence from the reference")
+    calibration: int = said(40, "augmented training batches for BatchNorm's statistics")
+    seed: int = said(0, "of the order and augmentation of the images")
+    device: str = said("auto", "cpu, cuda, or auto: cuda where there is one")
+    compile: bool = said(True, "torch.compile")
+    bfloat16: bool = said(torch.cuda.is_available(), "autocast; pays where hardware has it")
+    smoke: bool = said(False, "a small network, random images, seconds")
+
+
+def slug(config: Config) -> str:
+    """A file name from the settings: readable, and other settings give another one."""
+    if config.name:
+        return config.name
+    kept = {k: v for k, v in asdict(config).items() if k not in LOCAL}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
+    plain = config.scheme.replace(" + ", "+").replace(" > ", ">").replace(" ", "")
+    parts = (Path(config.network.partition(":")[0]).stem, plain, config.method)
+    text = "_".join([*parts, f"{config.epochs:g}ep", f"s{config.seed}", digest])
+    return text.replace("%", "").replace("/", "-").replace(">", "-then-").replace(":", "of")
+
+
+class Run:
+    """Everything that one run holds; `go` does it."""
+
+    def __init__(self, config: Config, *, progress: bool = True) -> None:
+        self.config, self.progress = config, progress
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(auto if config.device == "auto" else config.device)
+        torch.manual_seed(config.seed)
+        self.data: Images = images(config.data, self.device, config.smoke)
+        self.model = self.fresh()
+        if not config.smoke:
+            self.model.load_state_dict(reference(config.network, config.weights).state_dict())
+        self.per_epoch = len(self.data) // config.batch
+        self.total = round(config.epochs * self.per_epoch)  # optimizer steps of learning
+        self.path = Path(config.out) / f"{slug(config)}.json"
+        self.content = self._started()
+        self.begun = time.perf_counter() - self.content.get("seconds", 0.0)
+
+    def fresh(self) -> nn.Module:
+        name = "resnet8" if self.config.smoke and "." not in self.config.network else None
+        model = network(name or self.config.network)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def file(self, suffix: str) -> Path:
+        return self.path.with_name(self.path.stem + suffix)
+
+    # -------------------------------------------------------------- the record
+
+    def _started(self) -> dict[str, Any]:
+        """The record of this run: a new one, or that of an interrupted one."""
+        config = self.config
+        kept = {k: v for k, v in asdict(config).items() if k not in LOCAL}
+        command = " ".join(
+            ["python experiments/cifar.py --data DIR --weights FILE"]
+            + [option(k, v) for k, v in changed(config).items() if k not in LOCAL]
+        )
+        where = origin(__file__)
+        new = {
+            "format": 1,
+            "name": self.path.stem,
+            "status": "running",
+            "command": command,
+            "config": kept | {"family": schemes.family(config.scheme)},
+            "reference": {},
+            "points": {},
+            "curve": [],
+            "layers": [],
+            "hardware": where,
+        }
+        if not self.path.exists():
+            return new
+        try:
+            old: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            same = old["config"] == new["config"]
+        except (ValueError, KeyError, TypeError):
+            tqdm.write(f"{self.path} was cut short: the run starts from its checkpoint.")
+            return new
+        if not same:
+            raise SystemExit(
+                f"{self.path} is of a run with other settings: give another --name or --out."
+            )
+        return old | {"status": "running", "hardware": where}
+
+    def write(self) -> None:
+        self.content["seconds"] = self.seconds()
+        write(self.path, self.content)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    # -------------------------------------------------------------- measuring
+
+    def calibration(self) -> list[Tensor]:
+        count = min(self.config.calibration, self.per_epoch)
+        seed = self.config.seed
+        stream = batches(self.data, self.config.batch, seed, CALIBRATION, 0, count)
+        return [x for x, _ in stream]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Test error, and loss on training images without augmentation."""
+        data = self.data
+        error, _ = measured(model, data.test, data.test_labels)
+        clean = data.train[:TRAIN_LOSS_IMAGES, :, 4:-4, 4:-4]
+        _, loss = measured(model, clean, data.labels[:TRAIN_LOSS_IMAGES])
+        return {"test_error": error, "train_loss": loss}
+
+    def point(self, name: str, lc: LC, epochs: float) -> None:
+        """Measure what a packed file of the model holds; the weights are Δ(θ) now."""
+        if name in self.content["points"]:
+            return
+        path = self.file(".lc")
+        save(lc, path, uncompressed=torch.float16)
+        report, size = lc.report(), path.stat().st_size
+        entry: dict[str, Any] = self.evaluate(load(path, self.fresh()))
+        weights = sum(row.weights for row in report.rows)
+        entry |= {
+            "bits": report.total.bits,
+            "bits_per_weight": sum(row.bits for row in report.rows) / weights,
+            "file_bytes": size,
+            "file_ratio": self.content["reference"]["file_bytes"] / size,
+            "epochs": epochs,
+            "seconds": self.seconds(),
+        }
+        self.content["points"][name] = entry
+        self.content["layers"] = [
+            {"name": row.name, "weights": row.weights, "bits": parts, "error": row.error}
+            for row, parts in zip(report.rows, map(bits_by_part, lc.tasks), strict=True)
+        ]
+        self.write()
+        tqdm.write(
+            f"{name}: {entry['test_error']:.2f} % test error, {entry['bits_per_weight']:.3f} bits "
+            f"per weight, file {size:,} bytes, ratio {entry['file_ratio']:.2f}, "
+            f"{self.seconds():.0f} s"
+        )
+
+    def measure_reference(self) -> None:
+        if self.content["reference"]:
+            return
+        config = self.config
+        entry: dict[str, Any] = self.evaluate(self.model)
+        known = None if config.smoke else ERRORS.get(config.network)
+        if known is not None and abs(entry["test_error"] - known) > 0.02:
+            raise SystemExit(
+                f"The reference {config.network} has {entry['test_error']:.2f} % test error, not "
+                f"{known:.2f} %: other weights or data."
+            )
+        state = {k: x.contiguous() for k, x in self.model.state_dict().items()}
+        entry["file_bytes"] = len(dense_bytes(state))
+        entry["weights"] = sum(x.numel() for x in self.model.parameters())
+        self.content["reference"] = entry
+        self.write()
+        tqdm.write(f"reference: {entry['test_error']:.2f} % test error")
+
+    # -------------------------------------------------------------- learning
+
+    def step(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(images, labels) → loss, compiled once for all phases."""
+        config = self.config
+        compiled: Callable[[nn.Module], Any] = torch.compile if config.compile else lambda m: m
+        student, teacher = compiled(self.model), None
+        if config.distill > 0:
+            other = self.fresh()
+            other.load_state_dict(self.model.state_dict())
+            teacher = compiled(other.eval().requires_grad_(False))
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
+                told = None
+                if teacher is not None:
+                    with torch.no_grad():
+                        told = teacher(x).float()
+                logits = student(x)
+            return loss_of(logits.float(), y, told, config.distill)
+
+        return loss
+
+    def stretch(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the optimizer steps first … last − 1, counted over the whole run."""
+        while first < last:
+            epoch, b = divmod(first, self.per_epoch)
+            end = min(last, (epoch + 1) * self.per_epoch)
+            stop = b + end - first
+            yield from batches(self.data, self.config.batch, self.config.seed, epoch, b, stop)
+            first = end
+
+    def rates(self, first: int) -> Iterator[float]:
+        config = self.config
+        for i in itertools.count(first):
+            yield config.lr + (config.lr_end - config.lr) * min(1.0, i / max(1, self.total))
+
+    def optimizer(self) -> torch.optim.SGD:
+        """Weights to be compressed in the first group."""
+        own = baselines.weights(self.model)
+        held = {id(p) for p in own}
+        others = [p for p in self.model.parameters() if id(p) not in held]
+        config = self.config
+        return torch.optim.SGD(
+            [{"params": own}, {"params": others}],
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+    def controller(self, phase: str, optimizer: torch.optim.Optimizer, count: int) -> LC:
+        config = self.config
+        if phase == "sum":
+            options: dict[str, Any] = {
+                "gradient": "sum",
+                "every": config.every,
+                "schedule": constant(0.0, count),
+            }
+        else:
+            schedule = geometric(config.mu0, config.growth ** (1 / config.steps), count)
+            options = {"schedule": schedule, "implicit": phase == "implicit"}
+        options["multipliers"] = config.multipliers
+        tasks = schemes.tasks(self.model, config.scheme)
+        return LC(self.model, tasks, optimizer=optimizer, **options)
+
+    def phases(self) -> list[tuple[str, int, int]]:
+        """(where the gradient is taken, first optimizer step, last) of each phase."""
+        method, total = self.config.method, self.total
+        if method == "handover":
+            middle = round(self.config.handover * total)
+            return [("weights", 0, middle), ("sum", middle, total)]
+        return [(method.removeprefix("lc-"), 0, total)]
+
+    def learn(self, step: Callable[[Tensor, Tensor], Tensor]) -> LC:
+        """LC, in one phase or two; the model may be saved at the end of each LC step."""
+        phases = self.phases()
+        for number, (phase, first, last) in enumerate(phases):
+            checkpoint = self.file(f".{number}.ckpt")
+            count = max(1, math.ceil(self.config.steps * (last - first) / self.per_epoch))
+            optimizer = self.optimizer()
+            lc = self.controller(phase, optimizer, count)
+            if number == 0:
+                self.direct(lc)
+            if self.file(f".{number + 1}.ckpt").exists():
+                lc.release()
+                continue
+            kept = [e for e in self.content["curve"] if e["epoch"] * self.per_epoch <= first + 0.5]
+            saved = {"optimizer": optimizer}
+            for k in lc.steps(checkpoint=checkpoint, save=saved, progress=self.progress):
+                a, b = (first + (last - first) * i // count for i in (k.index, k.index + 1))
+                self.model.train()
+                loss = train(step, optimizer, self.stretch(a, b), self.rates(a))
+                lc.log(loss=loss, epoch=b / self.per_epoch, seconds=self.seconds())
+            self.content["curve"] = kept + [dict(e) for e in lc.history]
+            self.write()
+            if number + 1 < len(phases):
+                lc.release()
+        return lc
+
+    def direct(self, lc: LC) -> None:
+        """Direct compression: what LC starts from."""
+        if "direct" not in self.content["points"]:
+            with lc.compressed(calibration=self.calibration()):
+                self.point("direct", lc, 0.0)
+
+    def learn_baseline(self, step: Callable[[Tensor, Tensor], Tensor]) -> LC:
+        """Train by the baseline's own means, then hand its binary weights to LC for the file."""
+        config, optimizer = self.config, self.optimizer()
+        if schemes.family(config.scheme) != "Q" or "binary" not in config.scheme:
+            raise SystemExit(f"--method {config.method} is binary: use --scheme binary.")
+        self.direct(self.controller("weights", torch.optim.SGD(self.model.parameters(), 0.1), 1))
+        shown: Any = optimizer
+        if config.method == "ste":
+            baselines.binarize(self.model)
+            optimizer = self.optimizer_of_originals()
+            shown = optimizer
+        else:
+            shown = baselines.parq(self.model, optimizer, self.total)
+        checkpoint, count = self.file(".0.ckpt"), max(1, math.ceil(config.steps * config.epochs))
+        done, curve = 0, []
+        if checkpoint.exists():
+            old = torch.load(checkpoint, weights_only=True)
+            self.model.load_state_dict(old["model"])
+            shown.load_state_dict(old["optimizer"])
+            done, curve = old["done"], old["curve"]
+        for k in range(done, count):
+            a, b = (self.total * i // count for i in (k, k + 1))
+            self.model.train()
+            loss = train(step, shown, self.stretch(a, b), self.rates(a))
+            curve.append(
+                {"epoch": b / self.per_epoch, "step": k, "mu": None, "gap": None, "loss": loss}
+                | {"seconds": self.seconds()}
+            )
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save(
+                {"model": self.model.state_dict(), "optimizer": shown.state_dict()}
+                | {"done": k + 1, "curve": curve},
+                temporary,
+            )
+            os.replace(temporary, checkpoint)
+        self.content["curve"] = curve
+        baselines.settle(self.model)
+        lc = LC(self.model, schemes.tasks(self.model, config.scheme), schedule=constant(1.0, 1))
+        gap = max(lc.gap().values())
+        if gap > 1e-3:
+            raise RuntimeError(f"{config.method} ended with weights that are not binary: {gap}.")
+        return lc
+
+    def optimizer_of_originals(self) -> torch.optim.SGD:
+        config = self.config
+        return torch.optim.SGD(
+            self.model.parameters(),
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+    def refine(self, lc: LC, step: Callable[[Tensor, Tensor], Tensor], epochs: float) -> None:
+        """Train the continuous fields, signs, supports and codes fixed; learning rates as at the
+        end of the run before, falling to 0.
+        """
+        config, count = self.config, round(epochs * self.per_epoch)
+        first = config.lr if config.method == "finetune" else config.lr / 5
+
+        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(parameters, first, momentum=config.momentum)
+
+        with lc.refine(make) as optimizer:
+            self.model.train()
+            rates = (first * (1 - i / count) for i in range(count))
+            stream = self.stretch(self.total, self.total + count)
+            loss = train(step, optimizer, stream, rates)
+            tqdm.write(f"refined: loss {loss:.4f}")
+
+    def go(self) -> dict[str, Any]:
+        """The whole run, or what is left of it. Returns the record, as it is on disk."""
+        config = self.config
+        if self.content.get("status") == "done":
+            return self.content
+        self.measure_reference()
+        step = self.step()
+        calibration = self.calibration()
+        if config.method == "finetune":
+            lc = LC(self.model, schemes.tasks(self.model, config.scheme), schedule=constant(1.0, 1))
+            self.direct(lc)
+            lc.finalize(calibration=calibration)
+            self.refine(lc, step, config.epochs)
+            recalibrate(self.model, calibration)
+            self.point("learned", lc, config.epochs)
+        else:
+            learn = self.learn_baseline if config.method in ("ste", "parq") else self.learn
+            lc = learn(step)
+            lc.finalize(calibration=calibration)
+            self.point("learned", lc, config.epochs)
+        if config.refine > 0:
+            self.refine(lc, step, config.refine)
+            recalibrate(self.model, calibration)
+            self.point("refined", lc, config.epochs + config.refine)
+        self.content["status"] = "done"
+        self.write()
+        for number in range(2):
+            self.file(f".{number}.ckpt").unlink(missing_ok=True)
+        return self.content
+
+
+def bits_by_part(task: Any) -> dict[str, int]:
+    """Stored bits of a task by the kind of part, of every field by the part it belongs to."""
+    total: dict[str, int] = {}
+    for name, fld in task.part.encode(task.state).items():
+        kind = owner(task.part, name)
+        total[kind] = total.get(kind, 0) + fld.coding.bits(fld.data)
+    return total
+
+
+def owner(part: Any, name: str) -> str:
+    """The kind of the term of a sum that a field belongs to; of anything else its own name."""
+    inner = getattr(part, "part", part)  # seen through a view
+    head = name.split(".", 1)[0]
+    terms = getattr(inner, "parts", None)
+    if terms is None or not head.isdigit():
+        return str(inner).split("(")[0] if terms is None else type(inner).__name__
+    return type(terms[int(head)]).__name__
+
+
+def parse(argv: list[str]) -> Config:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, Config())
+    config = Config(**vars(parser.parse_args(argv)))
+    if config.method not in METHODS:
+        raise SystemExit(f"--method {config.method!r}: one of {', '.join(METHODS)}.")
+    schemes.part(config.scheme, torch.Size((16, 16, 3, 3)))  # refuses what does not exist
+    for name in ("epochs", "steps", "every", "batch", "calibration", "lr"):
+        if getattr(config, name) <= 0:
+            raise SystemExit(f"--{name} {getattr(config, name)}: more than 0.")
+    if config.smoke:
+        config = replace(config, epochs=min(config.epochs, 1.0), batch=64, compile=False, steps=2)
+    return config
+
+
+def check_out(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as cause:
+        raise SystemExit(f"--out {folder} cannot be written to: {cause}") from cause
+
+
+def main(argv: list[str]) -> None:
+    config = parse(argv)
+    check_out(Path(config.out))
+    with contextlib.suppress(KeyboardInterrupt):
+        Run(config, progress=sys.stderr.isatty()).go()
+        return
+    raise SystemExit("Interrupted. The same command goes on from the last LC step.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

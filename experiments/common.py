@@ -1,0 +1,83 @@
+"""What the scripts share: settings as options of the command line, where a result comes from, and
+how it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent
+
+
+def origin(script: str) -> dict[str, object]:
+    """Commit, checksums of the script and of the package, version of torch, device."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    package = hashlib.sha256()
+    for path in sorted((ROOT.parent / "lc_compress").rglob("*.py")):
+        package.update(path.read_bytes())
+    return {
+        "commit": commit.stdout.strip(),
+        "source_sha256": hashlib.sha256(Path(script).read_bytes()).hexdigest(),
+        "package_sha256": package.hexdigest(),
+        "torch": torch.__version__,
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def write(path: Path, content: object) -> None:
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def add_options(parser: argparse.ArgumentParser, config: Any) -> None:
+    """An option for every field of a dataclass; `config` has the defaults."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        name = f"--{field.name.replace('_', '-')}"
+        shown = f"{field.metadata.get('help', '')} ({value!r})".replace("%", "%%")
+        if isinstance(value, bool):
+            parser.add_argument(
+                name, action=argparse.BooleanOptionalAction, default=value, help=shown
+            )
+        else:
+            parser.add_argument(
+                name, type=type(value), default=value, help=shown.replace("%", "%%")
+            )
+
+
+def option(key: str, value: object) -> str:
+    """A setting as it is written on the command line."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shlex.quote(str(value))}"
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass that are not at their default."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.default is MISSING or getattr(config, f.name) != f.default
+    }
