@@ -41,7 +41,7 @@ from lc_compress import LC, constant, geometric, load, recalibrate, save
 
 METHODS = ("lc-sum", "lc-weights", "lc-implicit", "handover", "finetune", "ste", "parq")
 ERRORS = {"resnet20": 8.27, "resnet32": 7.37, "resnet44": 6.90, "resnet56": 6.61}
-TRAIN_LOSS_IMAGES = 5_000
+TRAIN_LOSS_IMAGES = 2_000
 LOCAL = ("data", "weights", "out", "name", "device")  # do not change what a run computes
 
 
@@ -72,7 +72,7 @@ class Config:
     weight_decay: float = said(1e-4, "")
     batch: int = said(128, "")
     distill: float = said(0.0, "share of the loss that is the divergence from the reference")
-    calibration: int = said(40, "augmented training batches for BatchNorm's statistics")
+    calibration: int = said(25, "augmented training batches for BatchNorm's statistics")
     seed: int = said(0, "of the order and augmentation of the images")
     device: str = said("auto", "cpu, cuda, or auto: cuda where there is one")
     compile: bool = said(True, "torch.compile")
@@ -100,10 +100,10 @@ class Run:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if config.device == "auto" else config.device)
         torch.manual_seed(config.seed)
-        self.data: Images = images(config.data, self.device, config.smoke)
         self.model = self.fresh()
         if not config.smoke:
             self.model.load_state_dict(reference(config.network, config.weights).state_dict())
+        self.data: Images = images(config.data, self.device, config.smoke)
         self.per_epoch = len(self.data) // config.batch
         self.total = round(config.epochs * self.per_epoch)  # optimizer steps of learning
         self.path = Path(config.out) / f"{slug(config)}.json"
@@ -146,6 +146,8 @@ class Run:
         try:
             old: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             same = old["config"] == new["config"]
+            if old["status"] == "failed" and not same:  # before it had written anything itself
+                return new
         except (ValueError, KeyError, TypeError):
             tqdm.write(f"{self.path} was cut short: the run starts from its checkpoint.")
             return new
@@ -153,7 +155,9 @@ class Run:
             raise SystemExit(
                 f"{self.path} is of a run with other settings: give another --name or --out."
             )
-        return old | {"status": "running", "hardware": where}
+        old.pop("error", None)
+        status = "done" if old["status"] == "done" else "running"
+        return old | {"status": status, "hardware": old["hardware"] if status == "done" else where}
 
     def write(self) -> None:
         self.content["seconds"] = self.seconds()
@@ -462,7 +466,7 @@ def parse(argv: list[str]) -> Config:
         if getattr(config, name) <= 0:
             raise SystemExit(f"--{name} {getattr(config, name)}: more than 0.")
     if config.smoke:
-        config = replace(config, epochs=min(config.epochs, 1.0), batch=64, compile=False, steps=2)
+        config = replace(config, epochs=min(config.epochs, 1.0), batch=32, compile=False, steps=2)
     return config
 
 

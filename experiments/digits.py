@@ -74,6 +74,7 @@ class Config:
     growth: float = 1.4  # of mu, per epoch
     multipliers: bool = True  # augmented Lagrangian; without: quadratic penalty
     lr_guard: bool = False
+    implicit: bool = False  # classic: the penalty in an implicit step of its own
     # reference
     reference_epochs: int = 20
     reference_lr: float = 0.05  # falls linearly to 0
@@ -223,6 +224,7 @@ def compress(
             every=1 if classic else config.every,
             multipliers=config.multipliers,
             lr_guard=config.lr_guard,
+            implicit=classic and config.implicit,
         )
         if not result:
             with lc.compressed(calibration=calibration):
@@ -238,9 +240,7 @@ def compress(
                 )
                 train(model, optimizer, x, y)
         if end < total:  # hand w over, not Δ(θ)
-            learned = deepcopy(model.state_dict())
-            lc.finalize(calibration=None)
-            model.load_state_dict(learned)
+            lc.release()
     size, guarded = lc.report().total, lc.guarded
     lc.finalize(calibration=calibration)
     result["lc_error"], result["lc_loss"] = measure(model, data, index)

@@ -30,12 +30,12 @@ class Images:
 
 
 def images(folder: str, device: torch.device, smoke: bool) -> Images:
-    """The real ones, or 512 and 200 random ones."""
+    """The real ones, or 192 and 96 random ones."""
     if smoke:
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (712, 3, 32, 32), generator=generator).to(torch.uint8)
-        classes = torch.randint(0, 10, (712,), generator=generator)
-        train, labels, test, test_labels = pixels[:512], classes[:512], pixels[512:], classes[512:]
+        pixels = torch.randint(0, 256, (288, 3, 32, 32), generator=generator).to(torch.uint8)
+        classes = torch.randint(0, 10, (288,), generator=generator)
+        train, labels, test, test_labels = pixels[:192], classes[:192], pixels[192:], classes[192:]
     else:
         train, labels = cifar10(folder, TRAIN)
         test, test_labels = cifar10(folder, TEST)

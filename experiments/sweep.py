@@ -1,0 +1,159 @@
+"""A grid of CIFAR-10 runs, several at a time, that goes on where it was stopped.
+
+Every combination of the given values is one run of `cifar.py` in a process of its own, with its own
+log. A finished run is never repeated, a failed one is reported and does not stop the others; the
+record of each run is a JSON file in the folder.
+
+Run:      python experiments/sweep.py --out runs --jobs 2 -- --data DIR --weights FILE
+              --scheme "binary + sparse 1%" "binary + sparse 2%" --seed 0 1 2
+Exit:     0 all runs are done, 1 some failed, 130 interrupted
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import cifar
+import torch
+from common import write
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).with_name("cifar.py")
+
+
+@dataclass(frozen=True)
+class Job:
+    config: cifar.Config
+    options: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.config.out) / f"{cifar.slug(self.config)}.json"
+
+    def status(self) -> str:
+        """ "done", "failed", "running" or "new", as the record says."""
+        try:
+            return str(json.loads(self.path.read_text(encoding="utf-8"))["status"])
+        except FileNotFoundError:
+            return "new"
+        except (ValueError, KeyError, TypeError):  # cut short: the run starts from its checkpoint
+            return "running"
+
+
+def jobs(options: list[str], out: str) -> list[Job]:
+    """Every combination of the values that follow each option.
+
+    Raises:
+        SystemExit: an option or a value that cifar.py does not have.
+    """
+    known = {f"--{f.name.replace('_', '-')}" for f in fields(cifar.Config)} | {
+        f"--no-{f.name.replace('_', '-')}" for f in fields(cifar.Config)
+    }
+    axes: list[list[tuple[str, ...]]] = []
+    for word in options:
+        if word.startswith("--"):
+            if word not in known or word in ("--out", "--name"):
+                raise SystemExit(f"sweep: {word} is no setting of cifar.py that a grid may have.")
+            axes.append([(word,)])
+        elif not axes:
+            raise SystemExit(f"sweep: {word!r} follows no option; write --scheme {word!r} ...")
+        else:
+            name = axes[-1][0][0]
+            bare = axes[-1] == [(name,)]
+            axes[-1] = [(name, word)] if bare else [*axes[-1], (name, word)]
+    plans = [tuple(itertools.chain(*chosen)) for chosen in itertools.product(*axes)]
+    return [Job(cifar.parse([*plan, "--out", out]), plan) for plan in plans]
+
+
+def failed(job: Job, code: int, log: Path) -> None:
+    """Say so in the record, keeping what the run had written."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    content: dict[str, Any] = {"format": 1, "name": job.path.stem, "config": {}}
+    try:
+        content |= json.loads(job.path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content["config"] = {"network": job.config.network, "scheme": job.config.scheme}
+    write(job.path, content | {"status": "failed", "error": f"exit status {code}: {lines[-1]}"})
+
+
+def work(plan: list[Job], parallel: int, threads: int, quiet: bool) -> list[Job]:
+    """Run what is not done. Returns the failed jobs."""
+    waiting = [job for job in plan if job.status() != "done"]
+    running: dict[subprocess.Popen[bytes], tuple[Job, Path, float]] = {}
+    broken: list[Job] = []
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tqdm(total=len(plan), initial=len(plan) - len(waiting), unit="run", disable=quiet) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < parallel:
+                    job = waiting.pop(0)
+                    log = job.path.with_suffix(".log")
+                    command = [sys.executable, SCRIPT, *job.options, "--out", job.config.out]
+                    with open(log, "wb") as sink:
+                        process = subprocess.Popen(
+                            command, stdout=sink, stderr=subprocess.STDOUT, env=env
+                        )
+                    running[process] = job, log, time.monotonic()
+                    bar.set_description(", ".join(j.path.stem for j, *_ in running.values()))
+                for process in [p for p in running if p.poll() is not None]:
+                    job, log, _ = running.pop(process)
+                    if process.returncode != 0 or job.status() != "done":
+                        broken.append(job)
+                        failed(job, process.returncode, log)
+                        tqdm.write(f"failed: {job.path.stem}, see {log}")
+                    else:
+                        log.unlink()
+                    bar.update()
+                time.sleep(0.2)
+        finally:  # also when interrupted: each run has its checkpoint
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+    return broken
+
+
+def main(argv: list[str]) -> None:
+    if "--" not in argv:
+        argv = [*argv, "--"]
+    cut = argv.index("--")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="runs", help="folder of the records")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run, on the CPU")
+    parser.add_argument("--list", action="store_true", help="only show what would run")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    own = parser.parse_args(argv[:cut])
+    if own.jobs < 1 or own.threads < 1:
+        raise SystemExit("sweep: --jobs and --threads are at least 1.")
+    plan = jobs(argv[cut + 1 :], own.out)
+    cifar.check_out(Path(own.out))
+    if own.list:
+        for job in plan:
+            print(f"{job.status():8} {job.path.stem}")
+        return
+    if own.jobs > 1 and torch.cuda.is_available():
+        tqdm.write("Several runs share the GPU: watch its memory.")
+    try:
+        broken = work(plan, own.jobs, own.threads, own.quiet)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    print(f"{len(plan) - len(broken)} of {len(plan)} runs are done.")
+    for job in broken:
+        print(f"failed: {job.path}")
+    raise SystemExit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,277 @@
+"""One CIFAR-10 run and a sweep of them: every way of learning, interruptions, wrong settings."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lc_compress import inspect, load
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A script as a module, without running it."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(script: Callable[[str], Any], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run cifar.py in this process on random images; returns its record."""
+    cifar = script("cifar")
+
+    def go(*options: str, out: Path | None = None) -> dict[str, Any]:
+        argv = ["--smoke", "--calibration", "2", *options, "--out", str(out or tmp_path)]
+        config = cifar.parse(argv)
+        cifar.main(argv)
+        path = Path(config.out) / f"{cifar.slug(config)}.json"
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content | {"path": path}
+
+    return go
+
+
+METHODS = {
+    "lc-sum": "binary + sparse 2%",
+    "lc-weights": "rank 1e-3",
+    "lc-implicit": "lowrank 25% + sparse 2%",
+    "handover": "binary + lowrank 10% + sparse 1%",
+    "finetune": "sparse 30% > int 4",
+    "ste": "binary",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_measures_the_packed_file(method: str, run: Any, script: Any) -> None:
+    refine = () if method == "ste" else ("--refine", "0.3")
+    record = run("--method", method, "--scheme", METHODS[method], *refine)
+    path: Path = record["path"]
+    assert record["status"] == "done" and record["name"] == path.stem
+    assert sorted(x.name for x in path.parent.iterdir()) == [path.name, f"{path.stem}.lc"]
+    assert f"--method {method}" in record["command"] or method == "lc-sum"
+    names = ["direct", "learned", *(["refined"] if refine else [])]
+    assert list(record["points"]) == names
+    training = script("training")
+    data = training.images("", torch.device("cpu"), True)
+    file = path.with_suffix(".lc")
+    net = load(file, script("networks").network("resnet8"))
+    error, _ = training.measured(net, data.test, data.test_labels)
+    last = record["points"][names[-1]]
+    assert error == last["test_error"] and file.stat().st_size == last["file_bytes"]
+    report = inspect(file)
+    weights = sum(layer["weights"] for layer in record["layers"])
+    bits = sum(sum(layer["bits"].values()) for layer in record["layers"])
+    assert last["bits_per_weight"] == pytest.approx(bits / weights)
+    assert sum(row.weights for row in report.rows if row.parts != "") >= weights
+    for point in record["points"].values():
+        assert math.isfinite(point["train_loss"]) and 0 <= point["test_error"] <= 100
+        reference = record["reference"]["file_bytes"]
+        assert point["file_ratio"] == pytest.approx(reference / point["file_bytes"])
+    if method != "finetune":
+        epochs = [entry["epoch"] for entry in record["curve"]]
+        assert epochs == sorted(epochs) and epochs[-1] == 1.0
+        assert all(math.isfinite(entry["loss"]) for entry in record["curve"])
+
+
+def test_families(script: Any) -> None:
+    family = script("schemes").family
+    given = ["binary", "sparse 5% + kmeans 4", "lowrank 5% + sparse 1%", "lowrank 5% + int 4"]
+    assert [family(x) for x in given] == ["Q", "Q+S", "L+S", "Q+L"]
+    given = ["sparse 1% + lowrank 5% + ternary", "sparse 5% > int 4", "lowrank 10% > int 8"]
+    assert [family(x) for x in given] == ["Q+L+S", "S>Q", "L>Q"]
+
+
+@pytest.mark.parametrize("method", ["lc-sum", "handover", "ste"])
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    method: str, run: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--method", method, "--scheme", "binary")
+    whole = run(*options, out=tmp_path / "whole")
+    cifar, calls = script("cifar"), 0
+    train = cifar.train
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar, "train", interrupted)
+        with pytest.raises(SystemExit, match="goes on from the last LC step"):
+            run(*options, out=tmp_path / "cut")
+    (record,) = (tmp_path / "cut").glob("*.json")
+    assert json.loads(record.read_text())["status"] == "running"
+    with monkeypatch.context() as patch:
+        left = []
+        patch.setattr(cifar, "train", lambda *args: left.append(1) or train(*args))
+        resumed = run(*options, out=tmp_path / "cut")
+    steps = len(whole["curve"])
+    assert len(left) == steps - 1 >= 1
+    assert resumed["status"] == "done"
+    for name in ("test_error", "train_loss", "file_bytes"):
+        assert resumed["points"]["learned"][name] == whole["points"]["learned"][name]
+    timeless = [
+        [{k: x for k, x in e.items() if k != "seconds"} for e in r["curve"]]
+        for r in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    assert whole["path"].with_suffix(".lc").read_bytes() == (
+        resumed["path"].with_suffix(".lc").read_bytes()
+    )
+
+
+def test_a_finished_run_is_not_repeated_and_a_cut_record_is(
+    run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run("--scheme", "binary", "--epochs", "0.2")
+    with monkeypatch.context() as patch:
+        patch.setattr(script("cifar"), "train", None)  # not called
+        assert run("--scheme", "binary", "--epochs", "0.2") == first
+    path: Path = first["path"]
+    path.write_text(path.read_text()[:300], encoding="utf-8")
+    again = run("--scheme", "binary", "--epochs", "0.2")
+    assert again["points"]["learned"]["test_error"] == first["points"]["learned"]["test_error"]
+
+
+def test_a_network_of_the_users(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(4, 10))\n"
+    )
+    out = tmp_path / "out"
+    record = run("--network", f"{file}:make", "--scheme", "kmeans 2", "--epochs", "0.2", out=out)
+    assert [layer["name"] for layer in record["layers"]] == ["0.weight", "3.weight"]
+    for text, message in ((f"{file}:other", "has no function 'other'"), ("no.py:f", "is missing")):
+        with pytest.raises(SystemExit, match=message):
+            run("--network", text, out=out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scheme", "binry"), "none of binary, ternary"),
+        (("--scheme", "sparse 2"), "sparse P%"),
+        (("--scheme", "binary 3"), "none of binary"),
+        (("--method", "magic"), "one of lc-sum"),
+        (("--network", "resnet21"), "There is no network 'resnet21'"),
+        (("--epochs", "0"), "--epochs 0.0: more than 0"),
+        (("--method", "parq", "--scheme", "kmeans 4"), "use --scheme binary"),
+    ],
+)
+def test_wrong_settings(
+    options: tuple[str, ...], message: str, script: Any, tmp_path: Path
+) -> None:
+    argv = ["--out", str(tmp_path), "--no-compile", *options]
+    smoke = () if "--network" in options else ("--smoke",)
+    with pytest.raises(SystemExit, match=message):
+        script("cifar").main([*argv, *smoke, "--data", str(tmp_path)])
+
+
+def test_unknown_settings(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script("cifar").parse(["--learning", "3"])
+    assert "unrecognized arguments: --learning" in capsys.readouterr().err
+
+
+def test_missing_files(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar, networks = script("cifar"), script("networks")
+    argv = ["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--no-compile"]
+    file = tmp_path / "net.th"
+    with pytest.raises(SystemExit, match=r"net\.th is missing: give --weights"):
+        cifar.main([*argv, "--weights", str(file)])
+    torch.save({"state_dict": networks.network("vgg16/16").state_dict()}, file)
+    with pytest.raises(SystemExit, match=r"does not hold the weights of resnet20.*Missing key"):
+        cifar.main([*argv, "--weights", str(file)])
+    file.write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="does not hold the weights of resnet20"):
+        cifar.main([*argv, "--weights", str(file)])
+    torch.save({"state_dict": networks.network("resnet20").state_dict()}, file)
+    with pytest.raises(SystemExit, match=r"data_batch_1\.bin is missing.*cifar-10-binary"):
+        cifar.main([*argv, "--weights", str(file)])
+    random = script("training").images("", torch.device("cpu"), True)
+    monkeypatch.setattr(cifar, "images", lambda *_: random)
+    with pytest.raises(SystemExit, match=r"test error, not 8\.27 %"):
+        cifar.main([*argv, "--weights", str(file)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be written to"):
+        cifar.main([*argv, "--out", str(tmp_path / "file" / "runs")])
+
+
+def test_a_folder_with_a_run_of_other_settings(run: Any) -> None:
+    run("--scheme", "binary", "--epochs", "0.2", "--name", "mine")
+    with pytest.raises(SystemExit, match="other settings: give another --name"):
+        run("--scheme", "ternary", "--epochs", "0.2", "--name", "mine")
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+def test_a_sweep_runs_the_grid_once_and_reports_failures(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, out = script("sweep"), tmp_path / "runs"
+    bad = tmp_path / "bad.py"
+    bad.write_text("def make():\n    raise ValueError('broken network')\n")
+    grid = [
+        "--smoke",
+        "--epochs",
+        "0.2",
+        "--network",
+        f"{bad}:make",
+        "resnet8",
+        "--scheme",
+        "binary",
+    ]
+    argv = ["--quiet", "--jobs", "2", "--out", str(out), "--", *grid]
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(argv)
+    assert stop.value.code == 1
+    assert "1 of 2 runs are done" in capsys.readouterr().out
+    records = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    assert sorted(r["status"] for r in records) == ["done", "failed"]
+    (broken,) = (r for r in records if r["status"] == "failed")
+    assert "broken network" in broken["error"]
+    bad.write_text(
+        (EXPERIMENTS / "networks.py").read_text() + "\ndef make():\n    return ResNet(8)\n"
+    )
+    done = next(out.glob("resnet8*.json"))
+    before = done.stat().st_mtime_ns
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(argv)
+    assert stop.value.code == 0 and done.stat().st_mtime_ns == before
+    assert {json.loads(p.read_text())["status"] for p in out.glob("*.json")} == {"done"}
+    assert not list(out.glob("*.log"))
+
+
+def test_the_grid(script: Any, tmp_path: Path) -> None:
+    sweep = script("sweep")
+    plan = sweep.jobs(["--seed", "0", "1", "--smoke", "--scheme", "binary", "kmeans 2"], "runs")
+    assert [(j.config.seed, j.config.scheme) for j in plan] == [
+        (0, "binary"),
+        (0, "kmeans 2"),
+        (1, "binary"),
+        (1, "kmeans 2"),
+    ]
+    assert len({job.path for job in plan}) == 4 and all(job.config.smoke for job in plan)
+    for words, message in (
+        (["--sed", "1"], "--sed is no setting"),
+        (["binary"], "follows no option"),
+        (["--out", "x"], "--out is no setting"),
+        (["--scheme", "binry"], "none of binary"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            sweep.jobs(words, "runs")
