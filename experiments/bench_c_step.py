@@ -22,12 +22,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
-import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -45,7 +42,8 @@ import numpy as np
 import torch
 from bench_peers import DENSITY, LEAST, LISTED, LISTED_COLUMNS, LISTED_SOURCE, RANK
 from bench_report import check_matplotlib, draw, judged, tables
-from cifar_resnet import ResNet
+from common import option, origin, write
+from networks import ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -552,39 +550,6 @@ def run(config: Config, argv: list[str]) -> dict[str, Any]:
 # ------------------------------------------------------------------ results
 
 
-def provenance() -> dict[str, object]:
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root)
-    package = hashlib.sha256()
-    for path in sorted((root.parent / "lc_compress").rglob("*.py")):
-        package.update(path.read_bytes())
-    capability = torch.backends.cpu.get_cpu_capability()
-    versions = {name: version(name) for name in ("numpy", "scipy", "scikit-learn")}
-    return {
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "package_sha256": package.hexdigest(),
-        "torch": torch.__version__,
-        **versions,
-        "device": f"CPU, {platform.machine()}, {capability}, {cores()} cores",
-    }
-
-
-def write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def option(key: str, value: object) -> str:
-    """A setting as it is written on the command line."""
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {shlex.quote(str(value))}"
-
-
 def parse(argv: list[str]) -> tuple[Config, dict[str, Any] | None]:
     """The settings, and for a process started by another run its job."""
     parser = argparse.ArgumentParser(
@@ -616,7 +581,10 @@ def main(argv: list[str]) -> None:
     if config.figure:
         check_matplotlib()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the process of a job too
-    origin = provenance()  # of the code that runs, not of what the folder holds when it ends
+    where = origin(__file__) | {
+        "cores": cores()
+    }  # of the code that runs, not of what the folder holds when it ends
+    where |= {name: version(name) for name in ("numpy", "scipy", "scikit-learn")}
     if config.smoke:
         torch.set_num_threads(1)  # its jobs run in this process
     try:
@@ -632,7 +600,7 @@ def main(argv: list[str]) -> None:
     command = ["python experiments/bench_c_step.py", *(option(key, kept[key]) for key in given)]
     write(
         stem.with_name(f"{name}.json"),
-        {"command": " ".join(command), "config": kept, "result": result, **origin},
+        {"command": " ".join(command), "config": kept, "result": result, **where},
     )
     print(tables(result))
     if config.figure:

@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
         config = replace(config, network="resnet8", rounds=2, batch=16)
     torch.set_num_threads(1)
     where, started = origin(__file__), time.perf_counter()
-    result = run(config) | {"wall_seconds": 0.0}
+    result = run(config)
     result["wall_seconds"] = time.perf_counter() - started
     given = [option(k, v) for k, v in changed(config).items() if k != "out"]
     command = " ".join(["python experiments/bench_l_step.py", *given])

@@ -18,10 +18,7 @@ Results:  experiments/results/bench_modules.json
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import origin, write
 from torch import Tensor, nn
 
 from lc_compress import Binary, KMeans, LowRank, Matrix, Part, Sparse, Ternary
@@ -253,19 +251,13 @@ def main(argv: list[str] | None = None) -> None:
     if config.only != "speed":
         with tempfile.TemporaryDirectory() as folder:
             result["memory"] = memory(config, Path(folder))
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root)
     content = {
         "command": " ".join(["python experiments/bench_modules.py", *(argv or sys.argv[1:])]),
         "config": {k: v for k, v in vars(config).items() if k != "out"},
         "result": result,
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
+        **origin(__file__),
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write(config.out, content)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,8 @@ Results:  experiments/results/cifar_resnet20_*.json, with hardware and wall time
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +23,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from common import option, origin, write
 from data import TEST, TRAIN, augmented, cifar10, normalized, padded
+from networks import network, reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -74,61 +72,9 @@ DEFAULTS = {
 # ------------------------------------------------------------------ model
 
 
-class Block(nn.Module):
-    """Two 3×3 convolutions and a shortcut.
-
-    Where the size halves, the shortcut takes every second pixel and pads channels with zeros.
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.extra = stride, (outputs - inputs) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        if self.stride > 1:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
-        return F.relu(x + y)
-
-
-class ResNet(nn.Module):
-    """CIFAR ResNet of depth 6n + 2 with widths 16, 32, 64."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        n = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*[Block(16, 16, 1) for _ in range(n)])
-        self.layer2 = nn.Sequential(
-            *[Block(16 if i == 0 else 32, 32, 2 if i == 0 else 1) for i in range(n)]
-        )
-        self.layer3 = nn.Sequential(
-            *[Block(32 if i == 0 else 64, 64, 2 if i == 0 else 1) for i in range(n)]
-        )
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def pretrained(config: Config) -> ResNet:
-    model = ResNet(config.depth)
-    if not config.smoke:
-        if not Path(config.weights).is_file():
-            raise SystemExit(
-                f"{config.weights} is missing: give --weights the file of the pretrained "
-                f"ResNet{config.depth}."
-            )
-        state = torch.load(config.weights, weights_only=True, map_location="cpu")["state_dict"]
-        model.load_state_dict({name.removeprefix("module."): x for name, x in state.items()})
+def pretrained(config: Config) -> nn.Module:
+    name = f"resnet{config.depth}"
+    model = network(name) if config.smoke else reference(name, config.weights)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -302,26 +248,6 @@ def say(text: str) -> None:
 # ------------------------------------------------------------------ results
 
 
-def provenance() -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {capability}, {torch.get_num_threads()} thread",
-    }
-
-
-def write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def summary(folder: Path) -> None:
     """Mean and spread over the stored seeds, for each way of learning."""
     table: dict[str, object] = {}
@@ -350,14 +276,6 @@ def summary(folder: Path) -> None:
         }
     write(folder / "cifar_resnet20.json", table)
     print(json.dumps(table, indent=1))
-
-
-def option(field: str, value: object) -> str:
-    """How a field of Config is given on the command line."""
-    name = field.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value}"
 
 
 def defaults_of(gradient: str) -> Config:
@@ -402,7 +320,7 @@ def main(argv: list[str]) -> None:
     if wanted:
         summary(Path(config.out) if config.out else RESULTS)
         return
-    origin = provenance()  # of the code that runs, not of what the folder holds when it ends
+    where = origin(__file__)  # of the code that runs, not of what the folder holds when it ends
     result = run(config)
     smoke = "_smoke" if config.smoke else ""
     name = f"cifar_resnet{config.depth}_{config.gradient}_seed{config.seed}{smoke}.json"
@@ -415,7 +333,7 @@ def main(argv: list[str]) -> None:
         "python experiments/cifar_resnet.py --data DIR --weights FILE "
         f"--gradient {config.gradient} {' '.join(options)}".rstrip()
     )
-    write(path, {"command": command, "config": kept, "result": result, **origin})
+    write(path, {"command": command, "config": kept, "result": result, **where})
 
 
 if __name__ == "__main__":

@@ -16,13 +16,9 @@ written when all is done: an interrupted run leaves earlier results as they were
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import option, origin, write
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -450,34 +447,6 @@ def label(figure: Any, axes: Any, marks: list[Any], floor: float, legend: Any) -
     place(text, "0.3", [(x, floor, -1, dy) for dy in (-1, 1) for x in places])
 
 
-def provenance() -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {capability}, {torch.get_num_threads()} thread",
-    }
-
-
-def write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def option(key: str, value: object) -> str:
-    """A setting as it is written on the command line."""
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value}"
-
-
 def parse(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -502,7 +471,7 @@ def main(argv: list[str]) -> None:
     if config.figure:
         check_matplotlib()
     torch.set_num_threads(1)  # the net is too small for more, and the numbers stay the same
-    origin = provenance()  # of the code that runs, not of what the folder holds when it ends
+    where = origin(__file__)  # of the code that runs, not of what the folder holds when it ends
     try:
         result = run(config)
     except KeyboardInterrupt:
@@ -514,7 +483,7 @@ def main(argv: list[str]) -> None:
     kept = {key: x for key, x in asdict(config).items() if key not in ("out", "quiet", "figure")}
     given = [key for key, x in kept.items() if x != getattr(Config, key)]
     command = " ".join(["python experiments/digits.py", *(option(key, kept[key]) for key in given)])
-    content = {"command": command, "config": kept, "result": result, **origin}
+    content = {"command": command, "config": kept, "result": result, **where}
     write(stem.with_name(f"{name}.json"), content)
     print(table(result))
     if config.figure:

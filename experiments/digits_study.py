@@ -22,7 +22,8 @@ from typing import Any
 
 import digits
 import torch
-from digits import RESULTS, compress, load, measure, provenance, reference, schemes, write
+from common import origin, write
+from digits import RESULTS, compress, load, measure, reference, schemes
 from tqdm import tqdm
 
 
@@ -212,8 +213,10 @@ def parse(argv: list[str]) -> Config:
 def main(argv: list[str]) -> None:
     config = parse(argv)
     torch.set_num_threads(1)
-    origin = provenance()  # of the code that runs, not of what the folder holds when it ends
-    origin["study_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    where = origin(
+        digits.__file__
+    )  # of the code that runs, not of what the folder holds when it ends
+    where["study_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     try:
         result = run(config)
     except KeyboardInterrupt:
@@ -224,7 +227,7 @@ def main(argv: list[str]) -> None:
     command = " ".join(["python experiments/digits_study.py", *given])
     path = Path(config.out) if config.out else RESULTS
     path /= f"digits_study{'_smoke' if config.smoke else ''}.json"
-    write(path, {"command": command, "config": kept, "result": result, **origin})
+    write(path, {"command": command, "config": kept, "result": result, **where})
     print(table(result))
 
 

@@ -23,8 +23,6 @@ import argparse
 import copy
 import hashlib
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -38,6 +36,7 @@ from typing import Any
 
 import torch
 from bench_c_step import forget_peak, memory
+from common import origin, write
 from torch import nn
 from tqdm import tqdm
 
@@ -299,23 +298,15 @@ def main(argv: list[str] | None = None) -> None:
     result = run(options.count, options.seed, options.quiet)
     result["kills"] = killed(options.kills, options.seed, options.quiet)
     failures = result["failures"] + result["kills"]["failures"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     content = {
         "command": f"python experiments/fuzz_storage.py --count {options.count} "
         f"--kills {options.kills} --seed {options.seed}",
         "config": {"count": options.count, "kills": options.kills, "seed": options.seed},
         "result": result,
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}",
+        **origin(__file__),
         "wall_seconds": time.perf_counter() - begin,
     }
-    temporary = options.out.with_name(f"{options.out.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, options.out)
+    write(options.out, content)
     for line, count in result["outcomes"].items():
         print(f"{line:30}{count:7}")
     print("\n".join(failures[:20]))

@@ -20,10 +20,8 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -34,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import origin, write
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -226,28 +225,6 @@ def stamp(path: Path) -> tuple[int, int] | None:
 # ------------------------------------------------------------------ results
 
 
-def provenance() -> dict[str, object]:
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root)
-    package = hashlib.sha256()
-    for path in sorted((root.parent / "lc_compress").glob("*.py")):
-        package.update(path.read_bytes())
-    return {
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "package_sha256": package.hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread",
-    }
-
-
-def write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -261,7 +238,7 @@ def main() -> None:
     config = Config(**vars(parser.parse_args()))
     if config.smoke:
         config = replace(config, kills=2, steps=5)
-    origin, begin = provenance(), time.perf_counter()
+    where, begin = origin(__file__), time.perf_counter()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "lc_compress"])
     result = {}
@@ -280,7 +257,7 @@ def main() -> None:
             "command": f"python experiments/kill_resume.py --kills {config.kills}",
             "config": kept,
             "result": {**total, **result, "wall_seconds": time.perf_counter() - begin},
-            **origin,
+            **where,
         },
     )
     verdict = "identical" if total["identical"] else "NOT identical"

@@ -16,11 +16,9 @@ Results:  experiments/results/packed_files.json
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -32,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 from bench_c_step import forget_peak, memory
-from cifar_resnet import ResNet
+from common import origin, write
+from networks import ResNet
 from torch import Tensor, nn
 
 from lc_compress import LC, Binary, Int, KMeans, LowRank, Part, Sparse, Ternary, constant
@@ -271,22 +270,14 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{row['part']:28}save {row['save_layers']:.2f}, load {row['load_layers']:.2f} layers"
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     content = {
         "command": "python experiments/packed_files.py --weights FILE",
         "config": {"layers": layers, "width": width, "repeats": repeats, "smoke": options.smoke},
         "result": {"sizes": found, "loading": loaded, "memory": held},
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        **origin(__file__),
         "wall_seconds": time.perf_counter() - begin,
     }
-    temporary = options.out.with_name(f"{options.out.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, options.out)
+    write(options.out, content)
 
 
 if __name__ == "__main__":

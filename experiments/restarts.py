@@ -12,15 +12,11 @@ Results:  experiments/results/restarts.json: per layer the squared errors, and t
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
-import platform
-import subprocess
 from itertools import permutations
 from pathlib import Path
 
 import torch
+from common import origin, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -88,10 +84,6 @@ def main() -> None:
         worst = max(orders.values()) / best
         tqdm.write(f"{name}: sum / best order {ours / best:.6f}, worst / best {worst:.4f}")
     ratios = [row["ratio"] for row in rows.values()]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    capability = torch.backends.cpu.get_cpu_capability()
     content = {
         "command": "python experiments/restarts.py --weights FILE",
         "config": {"parts": str(total), "tolerance": TOLERANCE, "sweeps": SWEEPS},
@@ -102,14 +94,9 @@ def main() -> None:
             "layers_not_worse": sum(ratio <= 1 + 1e-6 for ratio in ratios),
             "layers": rows,
         },
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {capability}, {torch.get_num_threads()} thread",
+        **origin(__file__),
     }
-    temporary = options.out.with_name(f"{options.out.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, options.out)
+    write(options.out, content)
     print(f"largest ratio {max(ratios):.6f} over {len(ratios)} layers")
 
 

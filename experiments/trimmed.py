@@ -14,11 +14,6 @@ Results:  experiments/results/trimmed.json: for each kind, size, k and budget th
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from common import origin, write
 from tqdm import tqdm
 
 from lc_compress.trimmed import trimmed_centres
@@ -170,10 +166,6 @@ def main() -> None:
             found = trimmed_centres(torch.from_numpy(x), 3, drop=checked // 40)
             differences.append(abs(found.value / least - 1))
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    capability = torch.backends.cpu.get_cpu_capability()
     content = {
         "command": "python experiments/trimmed.py --weights FILE" + " --smoke" * options.smoke,
         "config": {"clusters": CLUSTERS, "shares": SHARES, "draws": draws, "sizes": sizes},
@@ -191,14 +183,9 @@ def main() -> None:
             },
             "rows": rows,
         },
-        "commit": commit.stdout.strip(),
-        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "device": f"CPU, {platform.machine()}, {capability}, {torch.get_num_threads()} thread",
+        **origin(__file__),
     }
-    temporary = options.out.with_name(f"{options.out.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, options.out)
+    write(options.out, content)
     result = content["result"]
     print(f"{result['certain']} of {result['draws']} certain, worst gap {result['gap_worst']:.1e}")
 

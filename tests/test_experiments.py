@@ -18,7 +18,10 @@ import pytest
 import torch
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-ORIGIN = {"command", "config", "result", "commit", "source_sha256", "torch", "device"}
+ORIGIN = {"command", "config", "result", "commit", "source_sha256", "package_sha256", "torch"} | {
+    "device",
+    "threads",
+}
 
 
 def run(script: str, *options: str | Path) -> subprocess.CompletedProcess[str]:
@@ -209,7 +212,7 @@ def test_bench_c_step(tmp_path: Path) -> None:
 
     text = stem.with_suffix(".json").read_text(encoding="utf-8")
     assert str(tmp_path) not in text and "--data DIR" in json.loads(text)["command"]
-    versions = {"numpy", "scipy", "scikit-learn", "package_sha256"}
+    versions = {"numpy", "scipy", "scikit-learn", "cores"}
     result = read(stem.with_suffix(".json"), ORIGIN | versions)
     rows = set(result["targets"])
     for name in ("a", "b, ResNets", "c"):
@@ -286,6 +289,35 @@ def test_packed_files(tmp_path: Path) -> None:
     assert loaded["bytes"] < loaded["dense_bytes"] / 20
     assert loaded["ratio"] > 0 and held["save_layers"] >= 0
     assert "Binary" in done.stdout
+
+
+def test_implicit(tmp_path: Path) -> None:
+    done = run("implicit.py", "--smoke", "--quiet", "--out", tmp_path / "implicit.json")
+    result = read(tmp_path / "implicit.json", ORIGIN)
+    assert result["compared"].keys() == {"gradient", "implicit"}
+    for form, found in result["compared"].items():
+        rows = [row for row in result["grid"] if row["form"] == form]
+        best = min(rows, key=lambda row: row["train_loss_mean"])
+        assert all(best[key] == x for key, x in found["settings"].items())
+        assert f"{found['loss']['loss_mean']:.4f}" in done.stdout
+
+
+def test_bench_l_step(tmp_path: Path) -> None:
+    done = run("bench_l_step.py", "--smoke", "--no-settings", "--out", tmp_path / "l.json")
+    ways = read(tmp_path / "l.json")["ways"]
+    assert len(ways) == 4 and ways["plain"]["ratio"] == 1
+    assert all(
+        row["met"] == (row["ratio"] <= row["limit"]) for row in ways.values() if "limit" in row
+    )
+    assert "straight-through, C step every iteration" in done.stdout
+
+
+def test_train_network(tmp_path: Path) -> None:
+    run("train_network.py", "--smoke", "--out", tmp_path / "net")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["net.json", "net.pt"]
+    result = read(tmp_path / "net.json")
+    assert len(result["losses"]) == 1 and 0 <= result["test_error"] <= 100
+    assert set(torch.load(tmp_path / "net.pt", weights_only=True)) > {"linear.weight"}
 
 
 def test_fuzz_storage(tmp_path: Path) -> None:
