@@ -34,7 +34,12 @@ class Binarized(nn.Module):
 
 
 def weights(model: nn.Module) -> list[nn.Parameter]:
-    return [m.weight for m in model.modules() if isinstance(m, _Layers)]
+    """The trained weights of the layers; under `binarize` those behind what the layers see."""
+    return [
+        m.parametrizations.weight.original if parametrize.is_parametrized(m, "weight") else m.weight
+        for m in model.modules()
+        if isinstance(m, _Layers)
+    ]
 
 
 def binarize(model: nn.Module) -> None:

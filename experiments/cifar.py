@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import hashlib
-import itertools
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import baselines
+import learning
 import schemes
 import torch
 from common import add_options, changed, option, origin, write
@@ -35,9 +33,9 @@ from networks import network, reference
 from safetensors.torch import save as dense_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import CALIBRATION, Images, batches, images, loss_of, measured, train
+from training import CALIBRATION, Images, batches, images, measured
 
-from lc_compress import LC, constant, geometric, load, recalibrate, save
+from lc_compress import LC, load, save
 
 METHODS = ("lc-sum", "lc-weights", "lc-implicit", "handover", "finetune", "ste", "parq")
 ERRORS = {"resnet20": 8.27, "resnet32": 7.37, "resnet44": 6.90, "resnet56": 6.61}
@@ -187,7 +185,10 @@ class Run:
         if name in self.content["points"]:
             return
         path = self.file(".lc")
-        save(lc, path, uncompressed=torch.float16)
+        try:
+            save(lc, path, uncompressed=torch.float16)
+        except ValueError:  # a variance of BatchNorm beyond its range
+            save(lc, path, uncompressed=torch.bfloat16)
         report, size = lc.report(), path.stat().st_size
         entry: dict[str, Any] = self.evaluate(load(path, self.fresh()))
         weights = sum(row.weights for row in report.rows)
@@ -211,6 +212,12 @@ class Run:
             f"{self.seconds():.0f} s"
         )
 
+    def direct(self, lc: LC) -> None:
+        """Direct compression, which LC starts from."""
+        if "direct" not in self.content["points"]:
+            with lc.compressed(calibration=self.calibration()):
+                self.point("direct", lc, 0.0)
+
     def measure_reference(self) -> None:
         if self.content["reference"]:
             return
@@ -229,208 +236,29 @@ class Run:
         self.write()
         tqdm.write(f"reference: {entry['test_error']:.2f} % test error")
 
-    # -------------------------------------------------------------- learning
-
-    def step(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """(images, labels) → loss, compiled once for all phases."""
-        config = self.config
-        compiled: Callable[[nn.Module], Any] = torch.compile if config.compile else lambda m: m
-        student, teacher = compiled(self.model), None
-        if config.distill > 0:
-            other = self.fresh()
-            other.load_state_dict(self.model.state_dict())
-            teacher = compiled(other.eval().requires_grad_(False))
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
-                told = None
-                if teacher is not None:
-                    with torch.no_grad():
-                        told = teacher(x).float()
-                logits = student(x)
-            return loss_of(logits.float(), y, told, config.distill)
-
-        return loss
-
-    def stretch(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the optimizer steps first … last − 1, counted over the whole run."""
-        while first < last:
-            epoch, b = divmod(first, self.per_epoch)
-            end = min(last, (epoch + 1) * self.per_epoch)
-            stop = b + end - first
-            yield from batches(self.data, self.config.batch, self.config.seed, epoch, b, stop)
-            first = end
-
-    def rates(self, first: int) -> Iterator[float]:
-        config = self.config
-        for i in itertools.count(first):
-            yield config.lr + (config.lr_end - config.lr) * min(1.0, i / max(1, self.total))
-
-    def optimizer(self) -> torch.optim.SGD:
-        """Weights to be compressed in the first group."""
-        own = baselines.weights(self.model)
-        held = {id(p) for p in own}
-        others = [p for p in self.model.parameters() if id(p) not in held]
-        config = self.config
-        return torch.optim.SGD(
-            [{"params": own}, {"params": others}],
-            config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-
-    def controller(self, phase: str, optimizer: torch.optim.Optimizer, count: int) -> LC:
-        config = self.config
-        if phase == "sum":
-            options: dict[str, Any] = {
-                "gradient": "sum",
-                "every": config.every,
-                "schedule": constant(0.0, count),
-            }
-        else:
-            schedule = geometric(config.mu0, config.growth ** (1 / config.steps), count)
-            options = {"schedule": schedule, "implicit": phase == "implicit"}
-        options["multipliers"] = config.multipliers
-        tasks = schemes.tasks(self.model, config.scheme)
-        return LC(self.model, tasks, optimizer=optimizer, **options)
-
-    def phases(self) -> list[tuple[str, int, int]]:
-        """(where the gradient is taken, first optimizer step, last) of each phase."""
-        method, total = self.config.method, self.total
-        if method == "handover":
-            middle = round(self.config.handover * total)
-            return [("weights", 0, middle), ("sum", middle, total)]
-        return [(method.removeprefix("lc-"), 0, total)]
-
-    def learn(self, step: Callable[[Tensor, Tensor], Tensor]) -> LC:
-        """LC, in one phase or two; the model may be saved at the end of each LC step."""
-        phases = self.phases()
-        for number, (phase, first, last) in enumerate(phases):
-            checkpoint = self.file(f".{number}.ckpt")
-            count = max(1, math.ceil(self.config.steps * (last - first) / self.per_epoch))
-            optimizer = self.optimizer()
-            lc = self.controller(phase, optimizer, count)
-            if number == 0:
-                self.direct(lc)
-            if self.file(f".{number + 1}.ckpt").exists():
-                lc.release()
-                continue
-            kept = [e for e in self.content["curve"] if e["epoch"] * self.per_epoch <= first + 0.5]
-            saved = {"optimizer": optimizer}
-            for k in lc.steps(checkpoint=checkpoint, save=saved, progress=self.progress):
-                a, b = (first + (last - first) * i // count for i in (k.index, k.index + 1))
-                self.model.train()
-                loss = train(step, optimizer, self.stretch(a, b), self.rates(a))
-                lc.log(loss=loss, epoch=b / self.per_epoch, seconds=self.seconds())
-            self.content["curve"] = kept + [dict(e) for e in lc.history]
-            self.write()
-            if number + 1 < len(phases):
-                lc.release()
-        return lc
-
-    def direct(self, lc: LC) -> None:
-        """Direct compression: what LC starts from."""
-        if "direct" not in self.content["points"]:
-            with lc.compressed(calibration=self.calibration()):
-                self.point("direct", lc, 0.0)
-
-    def learn_baseline(self, step: Callable[[Tensor, Tensor], Tensor]) -> LC:
-        """Train by the baseline's own means, then hand its binary weights to LC for the file."""
-        config, optimizer = self.config, self.optimizer()
-        if schemes.family(config.scheme) != "Q" or "binary" not in config.scheme:
-            raise SystemExit(f"--method {config.method} is binary: use --scheme binary.")
-        self.direct(self.controller("weights", torch.optim.SGD(self.model.parameters(), 0.1), 1))
-        shown: Any = optimizer
-        if config.method == "ste":
-            baselines.binarize(self.model)
-            optimizer = self.optimizer_of_originals()
-            shown = optimizer
-        else:
-            shown = baselines.parq(self.model, optimizer, self.total)
-        checkpoint, count = self.file(".0.ckpt"), max(1, math.ceil(config.steps * config.epochs))
-        done, curve = 0, []
-        if checkpoint.exists():
-            old = torch.load(checkpoint, weights_only=True)
-            self.model.load_state_dict(old["model"])
-            shown.load_state_dict(old["optimizer"])
-            done, curve = old["done"], old["curve"]
-        for k in range(done, count):
-            a, b = (self.total * i // count for i in (k, k + 1))
-            self.model.train()
-            loss = train(step, shown, self.stretch(a, b), self.rates(a))
-            curve.append(
-                {"epoch": b / self.per_epoch, "step": k, "mu": None, "gap": None, "loss": loss}
-                | {"seconds": self.seconds()}
-            )
-            temporary = checkpoint.with_suffix(".tmp")
-            torch.save(
-                {"model": self.model.state_dict(), "optimizer": shown.state_dict()}
-                | {"done": k + 1, "curve": curve},
-                temporary,
-            )
-            os.replace(temporary, checkpoint)
-        self.content["curve"] = curve
-        baselines.settle(self.model)
-        lc = LC(self.model, schemes.tasks(self.model, config.scheme), schedule=constant(1.0, 1))
-        gap = max(lc.gap().values())
-        if gap > 1e-3:
-            raise RuntimeError(f"{config.method} ended with weights that are not binary: {gap}.")
-        return lc
-
-    def optimizer_of_originals(self) -> torch.optim.SGD:
-        config = self.config
-        return torch.optim.SGD(
-            self.model.parameters(),
-            config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-
-    def refine(self, lc: LC, step: Callable[[Tensor, Tensor], Tensor], epochs: float) -> None:
-        """Train the continuous fields, signs, supports and codes fixed; learning rates as at the
-        end of the run before, falling to 0.
-        """
-        config, count = self.config, round(epochs * self.per_epoch)
-        first = config.lr if config.method == "finetune" else config.lr / 5
-
-        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(parameters, first, momentum=config.momentum)
-
-        with lc.refine(make) as optimizer:
-            self.model.train()
-            rates = (first * (1 - i / count) for i in range(count))
-            stream = self.stretch(self.total, self.total + count)
-            loss = train(step, optimizer, stream, rates)
-            tqdm.write(f"refined: loss {loss:.4f}")
+    # -------------------------------------------------------------- the whole run
 
     def go(self) -> dict[str, Any]:
-        """The whole run, or what is left of it. Returns the record, as it is on disk."""
+        """The run, or what is left of it. Returns the record, as it is on disk."""
         config = self.config
-        if self.content.get("status") == "done":
+        if self.content["status"] == "done":
             return self.content
         self.measure_reference()
-        step = self.step()
-        calibration = self.calibration()
+        step = learning.step(self)
+        lc = learning.learn(self, step)
         if config.method == "finetune":
-            lc = LC(self.model, schemes.tasks(self.model, config.scheme), schedule=constant(1.0, 1))
-            self.direct(lc)
-            lc.finalize(calibration=calibration)
-            self.refine(lc, step, config.epochs)
-            recalibrate(self.model, calibration)
-            self.point("learned", lc, config.epochs)
-        else:
-            learn = self.learn_baseline if config.method in ("ste", "parq") else self.learn
-            lc = learn(step)
-            lc.finalize(calibration=calibration)
-            self.point("learned", lc, config.epochs)
-        if config.refine > 0:
-            self.refine(lc, step, config.refine)
-            recalibrate(self.model, calibration)
-            self.point("refined", lc, config.epochs + config.refine)
+            learning.refine(self, lc, step, config.epochs)
+        elif config.refine > 0:
+            with lc.compressed(calibration=self.calibration()):
+                self.point("learned", lc, config.epochs)
+            learning.refine(self, lc, step, config.refine)
+        lc.finalize(calibration=self.calibration())
+        name = "refined" if config.refine > 0 else "learned"
+        self.point(name, lc, config.epochs + config.refine)
         self.content["status"] = "done"
         self.write()
-        for number in range(2):
-            self.file(f".{number}.ckpt").unlink(missing_ok=True)
+        for checkpoint in self.path.parent.glob(f"{glob.escape(self.path.stem)}.*.ckpt"):
+            checkpoint.unlink()
         return self.content
 
 

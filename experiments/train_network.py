@@ -23,8 +23,8 @@ from common import add_options, changed, option, origin, write
 from networks import network
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import trange
-from training import batches, images, measured, train
+from tqdm import tqdm
+from training import batches, images, measured, pieces, train
 
 
 @dataclass(frozen=True)
@@ -70,32 +70,39 @@ def run(config: Config) -> dict[str, Any]:
             logits = forward(x)
         return F.cross_entropy(logits.float(), y)
 
-    checkpoint, losses, spent = Path(f"{config.out}.ckpt"), [], 0.0
-    if checkpoint.exists():
-        old = torch.load(checkpoint, weights_only=True)
-        if old["config"] != kept(config):
-            raise SystemExit(f"{checkpoint} is of a run with other settings: give another --out.")
-        model.load_state_dict(old["model"])
-        optimizer.load_state_dict(old["optimizer"])
-        losses, spent = old["losses"], old["seconds"]
+    checkpoint = Path(f"{config.out}.ckpt")
+    losses: list[float] = []
+    spent = 0.0
     per_epoch = len(data) // config.batch
     total = config.epochs * per_epoch
-    with trange(config.epochs, initial=len(losses), disable=not sys.stderr.isatty()) as bar:
-        for epoch in range(len(losses), config.epochs):
+
+    def get() -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "losses": losses,
+            "seconds": spent + time.perf_counter() - started,
+            "config": kept(config),
+        }
+
+    def put(state: dict[str, Any]) -> None:
+        nonlocal spent
+        if state["config"] != kept(config):
+            raise SystemExit(f"{checkpoint} is of a run with other settings: give another --out.")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses.extend(state["losses"])
+        spent = state["seconds"]
+
+    with tqdm(total=config.epochs, disable=not sys.stderr.isatty()) as bar:
+        for epoch in pieces(checkpoint, config.epochs, get, put):
+            bar.update(epoch - bar.n)
             model.train()
             stream = batches(data, config.batch, config.seed, epoch, 0, per_epoch)
             first = epoch * per_epoch
             rates = (rate(config, (first + b) / total) for b in range(per_epoch))
             losses.append(train(step, optimizer, stream, rates))
-            seconds = spent + time.perf_counter() - started
-            torch.save(
-                {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                | {"losses": losses, "seconds": seconds, "config": kept(config)},
-                f"{checkpoint}.tmp",
-            )
-            os.replace(f"{checkpoint}.tmp", checkpoint)
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            bar.update()
     error, _ = measured(model, data.test, data.test_labels)
     torch.save(model.state_dict(), f"{config.out}.tmp")
     os.replace(f"{config.out}.tmp", f"{config.out}.pt")

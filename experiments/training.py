@@ -4,8 +4,11 @@ for it, and what is measured afterwards.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from data import TEST, TRAIN, cifar10, normalized, padded
@@ -92,6 +95,24 @@ def measured(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, f
         total += F.cross_entropy(logits, y, reduction="sum")
     model.train(mode)
     return 100 * float(wrong) / len(labels), float(total) / len(labels)
+
+
+def pieces(
+    path: Path, count: int, get: Callable[[], Any], put: Callable[[Any], None]
+) -> Iterator[int]:
+    """0 … count − 1: after each, what `get` returns is kept in a file; a run that was interrupted
+    gives it to `put` and goes on behind it. `get` and `put` plain data and tensors.
+    """
+    done = 0
+    if path.exists():
+        old = torch.load(path, weights_only=True)
+        put(old["state"])
+        done = old["done"]
+    for k in range(done, count):
+        yield k
+        temporary = path.with_name(f"{path.name}.tmp")
+        torch.save({"done": k + 1, "state": get()}, temporary)
+        os.replace(temporary, path)
 
 
 def train(
