@@ -1,6 +1,7 @@
-"""The README's tables, made from the stored results: no number is copied by hand.
+"""The tables of README.md and experiments/README.md, made from the stored results: no number is
+copied by hand.
 
-Run:      python experiments/readme_tables.py          (rewrites the README between its markers)
+Run:      python experiments/readme_tables.py       (rewrites both pages between their markers)
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import cifar_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -100,16 +103,109 @@ def note(seeds: list[list[int]]) -> str:
     return f"Mean and standard deviation over {text} seeds; the last step counts."
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"digits table": digits, "resnet20 table": resnet20}
+# ------------------------------------------------------------------ experiments/README.md
 
 
-def filled(text: str, folder: Path) -> str:
-    """`text` with each table between its marker and the next end made from the results in `folder`.
+def claims(folder: Path) -> str:
+    """One line for each script: what it claims, how to run it, on what, how long, the result."""
+    rows = []
+    for script, (claim, result) in CLAIMS.items():
+        path = folder / f"{script}.json"
+        if not path.is_file():
+            rows.append([f"`{script}.py`", claim, "not measured yet", "", "", ""])
+            continue
+        content = read(path)
+        seconds = content["result"].get("wall_seconds", content.get("wall_seconds"))
+        seconds = content["result"].get("cpu_seconds", seconds)
+        time = "" if seconds is None else f"{seconds / 60:.0f} min"
+        text = result(content["result"])
+        rows.append([f"`{script}.py`", claim, f"`{content['command']}`", content["device"], time])
+        rows[-1].append(text)
+    header = ["script", "claim", "command", "hardware", "time", "result"]
+    rule = ["---"] * len(header)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def _digits(result: dict[str, Any]) -> str:
+    found = percent(result["schemes"]["binary + sparse"], "lc_error", result["seeds"])
+    return f"{found} %, reference {percent(result, 'reference_error', result['seeds'])} %"
+
+
+def _c_step(result: dict[str, Any]) -> str:
+    held = [row["ok"] for row in result["must_show"]]
+    return f"{sum(held)} of {len(held)} rows hold"
+
+
+def _packed(result: dict[str, Any]) -> str:
+    kept = [row for row in result["sizes"] if row["density"] == 0.02]
+    ratios = ", ".join(f"{row['ratio']:.2f}" for row in kept)
+    return f"ResNet20, 1 bit + 2 %: ratio {ratios} (without, with entropy coding)"
+
+
+def _fuzz(result: dict[str, Any]) -> str:
+    failures = len(result["failures"]) + len(result["kills"]["failures"])
+    return f"{failures} failures in {result['mutations']:,} mutations"
+
+
+def _kills(result: dict[str, Any]) -> str:
+    same = "identical" if result["identical"] else "NOT identical"
+    return f"{same} after {result['kills']} kills, {result['in_a_write']} of them in a write"
+
+
+def _trimmed(result: dict[str, Any]) -> str:
+    return f"{result['certain']} of {result['draws']} certain, worst gap {result['gap_worst']:.1e}"
+
+
+def _restarts(result: dict[str, Any]) -> str:
+    return f"largest ratio to the best order {result['largest_ratio']:.6f}"
+
+
+def _l_step(result: dict[str, Any]) -> str:
+    rows = {name: row["ratio"] for name, row in result["ways"].items() if name != "plain"}
+    return ", ".join(f"{name}: {ratio:.3f}" for name, ratio in rows.items())
+
+
+def _implicit(result: dict[str, Any]) -> str:
+    found = {
+        form: f"{x['loss']['loss_mean']:.4f} ± {x['loss']['loss_std']:.4f}"
+        for form, x in result["compared"].items()
+    }
+    return ", ".join(f"{form}: {text}" for form, text in found.items())
+
+
+CLAIMS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "digits": ("1 bit + 2 % floats within 0.5 points of the reference", _digits),
+    "bench_c_step": ("the C step's costs against peers and physical limits", _c_step),
+    "restarts": ("a sum of three parts is as good as its best order of sweeps", _restarts),
+    "trimmed": ("k-means + sparse: how often the optimum is certain", _trimmed),
+    "packed_files": ("what a report says is on disk", _packed),
+    "fuzz_storage": ("a damaged file is an error that names the cause", _fuzz),
+    "kill_resume": ("killed anywhere and resumed = never killed", _kills),
+    "bench_l_step": ("cost of a training step against one without LC", _l_step),
+    "implicit": ("penalty in the gradient or as an implicit step: training loss", _implicit),
+}
+
+TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"digits table": digits, "resnet20 table": resnet20},
+    "experiments/README.md": {
+        "claims": claims,
+        "densities": lambda f: cifar_tables.densities(f / "cifar", NETWORKS, 12),
+        "schemes, resnet20": lambda f: cifar_tables.schemes(f / "cifar", "resnet20", 1),
+        "methods, resnet20": lambda f: cifar_tables.methods(f / "cifar", "resnet20", 1),
+        "schemes, vgg16/4": lambda f: cifar_tables.schemes(f / "cifar", "vgg16/4", 1),
+    },
+}
+NETWORKS = ("resnet20", "resnet32", "resnet56")
+
+
+def filled(text: str, folder: Path, page: str = "README.md") -> str:
+    """`text` with each table of the page between its marker and the next end made from the results
+    in `folder`.
 
     Raises:
         ValueError: a marker is missing.
     """
-    for name, make in TABLES.items():
+    for name, make in TABLES[page].items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, marker, rest = text.partition(start)
         _, closing, after = rest.partition(end)
@@ -120,8 +216,10 @@ def filled(text: str, folder: Path) -> str:
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    for page in TABLES:
+        path = ROOT / page
+        text = filled(path.read_text(encoding="utf-8"), RESULTS, page)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

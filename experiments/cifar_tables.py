@@ -1,0 +1,160 @@
+"""Tables of the stored CIFAR-10 runs (`results/cifar/*.json`) for `experiments/README.md`: seeds of
+one configuration are one row; what was not run says how to run it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Record: TypeAlias = dict[str, Any]
+
+DENSITIES = {
+    "0 %": "binary",
+    "1 %": "binary + sparse 1%",
+    "2 %": "binary + sparse 2%",
+    "3 %": "binary + sparse 3%",
+    "5 %": "binary + sparse 5%",
+}
+WEIGHTS = {
+    "resnet20": "resnet20-12fca82f.th",
+    "resnet32": "resnet32-d509ac18.th",
+    "resnet56": "resnet56-4bfd9763.th",
+    "vgg16/4": "vgg16.pt",
+}
+_ALIKE = ("network", "scheme", "method", "epochs", "refine", "distill", "mu0", "growth")
+WAYS = {
+    "lc-sum": "LC, gradient at Δ(θ)",
+    "lc-weights": "LC, classic",
+    "lc-implicit": "LC, classic, implicit step",
+    "handover": "LC, classic then Δ(θ)",
+    "finetune": "direct compression, then its continuous fields trained",
+    "ste": "straight-through binarization",
+    "parq": "PARQ (torchao)",
+}
+
+
+def runs(folder: Path) -> list[Record]:
+    """The finished ones."""
+    found = (json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json")))
+    return [run for run in found if run["status"] == "done"]
+
+
+def groups(found: Iterable[Record]) -> list[list[Record]]:
+    """Runs that differ in their seed only, in the order of their configuration."""
+    sorted_ones: dict[tuple[Any, ...], list[Record]] = {}
+    for run in found:
+        key = tuple(run["config"][name] for name in _ALIKE)
+        sorted_ones.setdefault(key, []).append(run)
+    return [sorted_ones[key] for key in sorted(sorted_ones, key=str)]
+
+
+def values(group: list[Record], point: str, name: str) -> list[float]:
+    return [run["points"][point][name] for run in group if point in run["points"]]
+
+
+def cell(numbers: list[float], digits: int = 2) -> str:
+    """Mean, and standard deviation where there are several."""
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+
+
+def row(group: list[Record]) -> list[str]:
+    """Direct compression, learned, refined, file ratio, bits per weight, seeds, minutes."""
+    last = "refined" if "refined" in group[0]["points"] else "learned"
+    return [
+        *(cell(values(group, point, "test_error")) for point in ("direct", "learned", "refined")),
+        cell(values(group, last, "bits_per_weight")[:1]),
+        cell(values(group, last, "file_ratio")[:1]),
+        str(len(group)),
+        f"{statistics.mean(values(group, last, 'seconds')) / 60:.0f}",
+    ]
+
+
+HEADER = ["direct", "learned", "refined", "bits per weight", "file ratio", "seeds", "minutes"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def command(network: str, scheme: str, epochs: int) -> str:
+    """What fills a row that is not there."""
+    return (
+        f"`python experiments/sweep.py -- --data DIR --weights {WEIGHTS[network]} "
+        f'--network {network} --scheme "{scheme}" --epochs {epochs} --seed 0 1 2`'
+    )
+
+
+def densities(folder: Path, networks: tuple[str, ...], wanted: int) -> str:
+    """One bit and s exact floats, by network and s, at the most epochs there are; the paper's
+    setting is marked as missing where it was not run.
+    """
+    found = [
+        group
+        for group in groups(runs(folder))
+        if group[0]["config"]["method"] == "lc-sum" and group[0]["config"]["distill"] == 0
+    ]
+    rows = []
+    for network in networks:
+        for share, scheme in DENSITIES.items():
+            own = [
+                group
+                for group in found
+                if (group[0]["config"]["network"], group[0]["config"]["scheme"])
+                == (network, scheme)
+            ]
+            name = f"{network}, {share}"
+            if not own:
+                missing = f"needs a GPU: {command(network, scheme, wanted)}"
+                rows.append([name, missing, *[""] * (len(HEADER) + 1)])
+                continue
+            for group in sorted(own, key=lambda g: g[0]["config"]["epochs"]):
+                reference = f"{group[0]['reference']['test_error']:.2f}"
+                epochs = f"{group[0]['config']['epochs']:g}"
+                rows.append([name, epochs, reference, *row(group)])
+    return table(["network, floats", "epochs", "reference", *HEADER], rows)
+
+
+def schemes(folder: Path, network: str, epochs: float) -> str:
+    """Every scheme that was learned with the gradient at Δ(θ) for so many epochs, by size."""
+    found = [
+        group
+        for group in groups(runs(folder))
+        if (group[0]["config"]["network"], group[0]["config"]["epochs"]) == (network, epochs)
+        and group[0]["config"]["method"] == "lc-sum"
+        and group[0]["config"]["distill"] == 0
+    ]
+    if not found:
+        return f"Not measured yet: {command(network, 'binary + sparse 2%', int(epochs))}"
+    found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
+    rows = [[f"`{g[0]['config']['scheme']}`", g[0]["config"]["family"], *row(g)] for g in found]
+    return table(["scheme", "family", *HEADER], rows)
+
+
+def methods(folder: Path, network: str, epochs: float) -> str:
+    """The ways of learning one scheme in equal epochs."""
+    found = [
+        group
+        for group in groups(runs(folder))
+        if (group[0]["config"]["network"], group[0]["config"]["epochs"]) == (network, epochs)
+        and group[0]["config"]["scheme"] in ("binary", "binary + sparse 2%")
+    ]
+    if not found:
+        return f"Not measured yet: {command(network, 'binary', int(epochs))}"
+    order = list(WAYS)
+    found.sort(key=lambda g: (g[0]["config"]["scheme"], order.index(g[0]["config"]["method"])))
+    rows = []
+    for group in found:
+        config = group[0]["config"]
+        way = WAYS[config["method"]]
+        if config["distill"]:
+            way += f", {config['distill']:g} of the loss from the reference"
+        rows.append([f"`{config['scheme']}`", way, *row(group)])
+    return table(["scheme", "way", *HEADER], rows)
