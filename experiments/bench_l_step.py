@@ -144,7 +144,7 @@ def run(config: Config) -> dict[str, Any]:
             ): make(options=None, compiled=c, channels_last=last, half=half)
             for c, last, half in product((compiled, False), (True, False), (False, True))
         }
-        rounds = max(2, config.rounds // 5)
+        rounds = max(2, config.rounds // 10)
         result["settings"] = summary(in_turns(settings, rounds), next(iter(settings)))
     return result
 
