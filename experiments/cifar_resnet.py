@@ -174,6 +174,7 @@ def run(config: Config) -> dict[str, object]:
         optimizer=optimizer,
         gradient=config.gradient,
         multipliers=config.multipliers,
+        implicit=False,
         example_inputs=torch.zeros(1, 3, 32, 32),
     )
     with lc.compressed(calibration=None):

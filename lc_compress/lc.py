@@ -74,11 +74,13 @@ class LC:
             experiments/digits_study.py).
         lr_guard: use min(lr, 1/μ) in the optimizer's steps; `lc.guarded` counts the steps in which
             it was below the optimizer's own rate.
-        implicit: with optimizer= and gradient="weights", leave the loss gradient alone and follow
+        implicit: with optimizer= and gradient="weights": leave the loss gradient alone and follow
             the penalty after each optimizer step by w ← (w + η (μ Δ(θ) + λ)) / (1 + η μ) with the
-            step's learning rate η: stable for any μ, so no `lr_guard` is needed. The pull is not
-            accelerated by momentum: for the same effect μ must be 1 / (1 − momentum) times as
-            large.
+            step's learning rate η. Stable for any μ, so no `lr_guard` is needed; momentum does not
+            speed up the pull, so that for the same effect μ is 1 / (1 − momentum) times as large.
+            None: yes, unless `lr_guard` is asked for: in equal epochs it ends at half the training
+            loss, and never diverged (experiments/implicit.py). False: the penalty's gradient is
+            added to that of the loss, as `lc.penalty()` does.
         rule: with gradient="sum", a function (grad, w, θ) → grad that changes the loss gradient.
         example_inputs: a batch, to count the operations of convolutions in `report()`.
 
@@ -98,7 +100,7 @@ class LC:
         every: int = 1,
         multipliers: bool = True,
         lr_guard: bool = False,
-        implicit: bool = False,
+        implicit: bool | None = None,
         rule: Rule | None = None,
         example_inputs: Any = None,
     ) -> None:
@@ -112,6 +114,8 @@ class LC:
             "lr_guard": lr_guard,
             "implicit": implicit,
         }
+        if implicit is None:
+            implicit = optimizer is not None and gradient == "weights" and not lr_guard
         _check_options(self.schedule, optimizer, gradient, every, lr_guard, implicit, rule)
         if type(model).__name__ == "FullyShardedDataParallel":
             raise ValueError(

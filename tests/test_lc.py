@@ -135,7 +135,7 @@ def test_hook_and_penalty_give_the_same_weights(make: Callable[..., Optimizer]) 
     for penalty in (True, False):
         model = net()
         optimizer = make(model.parameters())
-        lc = controller(model, None if penalty else optimizer)
+        lc = controller(model, None if penalty else optimizer, implicit=False)
         train(lc, model, optimizer, penalty)
         results.append(parameters_of(model))
         assert any(bool(m.any()) for task in lc.tasks for m in task.multipliers)
@@ -151,7 +151,7 @@ def test_hook_and_penalty_agree_under_grad_scaler_and_accumulation(
         model = net()
         optimizer = make(model.parameters())
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
-        lc = controller(model, None if penalty else optimizer)
+        lc = controller(model, None if penalty else optimizer, implicit=False)
         for _ in lc.steps(progress=False):
             for i, batch in enumerate(batches(6), start=1):
                 loss = loss_of(model, batch)
@@ -172,7 +172,7 @@ def test_hook_and_penalty_agree_where_the_loss_does_not_reach_a_weight() -> None
     for penalty in (True, False):
         model = net()
         optimizer = plain(model.parameters())
-        lc = controller(model, None if penalty else optimizer, schedule=(1.0,))
+        lc = controller(model, None if penalty else optimizer, schedule=(1.0,), implicit=False)
         for _ in lc.steps(progress=False):
             loss = model[0](batches(1)[0][0]).square().mean()  # not through model[2]
             (loss + lc.penalty() if penalty else loss).backward()
@@ -186,7 +186,7 @@ def test_hook_and_penalty_agree_where_the_loss_does_not_reach_a_weight() -> None
 def test_where_clipping_binds_each_form_follows_its_formula(penalty: bool) -> None:
     model = net()
     optimizer = plain(model.parameters())
-    lc = controller(model, None if penalty else optimizer, schedule=(0.7,))
+    lc = controller(model, None if penalty else optimizer, schedule=(0.7,), implicit=False)
     with torch.no_grad():
         model[0].weight.add_(0.5)  # away from Δ(θ)
     before, batch, limit = parameters_of(model), batches(1)[0], 0.01
@@ -214,7 +214,8 @@ def test_a_c_step_in_the_body_is_seen_by_both_forms_and_replaces_the_last_one() 
     for penalty in (True, False):
         model = net()
         optimizer = plain(model.parameters())
-        lc = controller(model, None if penalty else optimizer, schedule=(1.0, 2.0))
+        given = None if penalty else optimizer
+        lc = controller(model, given, schedule=(1.0, 2.0), implicit=False)
         states = []
         for _ in lc.steps(progress=False):
             if states:
@@ -231,12 +232,14 @@ def test_a_c_step_in_the_body_is_seen_by_both_forms_and_replaces_the_last_one() 
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("gradient", ["weights", "sum"])
+@pytest.mark.parametrize("way", ["implicit", "weights", "sum"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_weights_train_by_the_hooks(gradient: Any, dtype: torch.dtype) -> None:
+def test_half_precision_weights_train_by_the_hooks(way: str, dtype: torch.dtype) -> None:
     model = net().to(dtype)
     optimizer = plain(model.parameters())
-    lc = controller(model, optimizer, gradient=gradient, schedule=(0.5, 2.0))
+    gradient: Any = "sum" if way == "sum" else "weights"
+    options: dict[str, Any] = {"gradient": gradient, "implicit": way == "implicit"}
+    lc = controller(model, optimizer, schedule=(0.5, 2.0), **options)
     for step in lc.steps(progress=False):
         task = lc.tasks[0]
         w, delta, multiplier = task.current[0].float(), task.delta[0].float(), task.multipliers[0]
@@ -247,6 +250,9 @@ def test_half_precision_weights_train_by_the_hooks(gradient: Any, dtype: torch.d
         grad = model[0].weight.grad
         assert grad is not None
         expected = w - 0.1 * (grad.float() + step.mu * (w - delta) - multiplier)
+        if way == "implicit":
+            pull = 0.1 * (step.mu * delta + multiplier)
+            expected = (w - 0.1 * grad.float() + pull) / (1 + 0.1 * step.mu)
         optimizer.step()
         assert task.current[0].dtype == dtype
         torch.testing.assert_close(task.current[0].float(), expected, rtol=0.02, atol=0.002)
@@ -354,7 +360,8 @@ def test_a_joint_task_pulls_every_one_of_its_tensors() -> None:
         optimizer = sgd(model.parameters())
         tasks = {Joint("*.weight"): KMeans(2)}
         given = None if penalty else optimizer
-        lc = LC(model, tasks, schedule=constant(2.0, steps=3), optimizer=given)
+        schedule = constant(2.0, steps=3)
+        lc = LC(model, tasks, schedule=schedule, optimizer=given, implicit=False)
         train(lc, model, optimizer, penalty)
         results.append(parameters_of(model))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)

@@ -111,7 +111,7 @@ def test_packed_resnets_agree(
     generator: torch.Generator,
 ) -> None:
     """Saved, loaded, dense and packed: the same logits to rounding."""
-    model = experiment.ResNet(depth)
+    model = experiment.network(f"resnet{depth}")
     (weights,) = (data_folder / "resnet_cifar10").glob(f"resnet{depth}-*.th")
     state = torch.load(weights, weights_only=True, map_location="cpu")["state_dict"]
     model.load_state_dict(
@@ -121,7 +121,7 @@ def test_packed_resnets_agree(
     lc = LC(model, tasks, schedule=constant(1.0, 1))
     lc.finalize(calibration=None)
     save(lc, tmp_path / "net.lc")
-    dense = load(tmp_path / "net.lc", experiment.ResNet(depth)).eval()
+    dense = load(tmp_path / "net.lc", experiment.network(f"resnet{depth}")).eval()
     for name, x in model.state_dict().items():
         assert torch.equal(dense.state_dict()[name], x), name
     images = torch.randn(4, 3, 32, 32, generator=generator).to(dtype)
@@ -129,7 +129,8 @@ def test_packed_resnets_agree(
     with torch.no_grad():
         expected = dense.to(dtype)(images)
         for policy in POLICIES:
-            packed = load(tmp_path / "net.lc", experiment.ResNet(depth), materialize=policy)
+            other = experiment.network(f"resnet{depth}")
+            packed = load(tmp_path / "net.lc", other, materialize=policy)
             torch.testing.assert_close(packed.eval().to(dtype)(images), expected, **near)
 
 
