@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
 import random
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+
+from .atomic import replacing
 
 VERSION = 1
 
@@ -199,21 +201,14 @@ def _gathered(own: Mapping[str, Any]) -> list[Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path, check=partial(_load, mmap=True)) as file:  # not only at the resume
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _load(temporary, mmap=True)  # found out now, not at the resume
-        os.replace(temporary, path)
     except (pickle.PickleError, AttributeError, TypeError) as cause:  # how pickle refuses
         raise TypeError(
             "The state of an object in `save`, or of the model, is not plain data "
             f"(tensors, numbers, strings, containers): {cause}"
         ) from cause
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path, mmap: bool = False) -> Any:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .bits import check_payload, numel, pack_codes, unpack_codes
+from .bits import check_payload, look_up, numel, pack_codes, unpack_codes
 from .part import Coding
 from .support import Support
 
@@ -175,6 +175,13 @@ class Radix(Coding):
 
     def unpack(self, payload: bytes, shape: torch.Size) -> Tensor:
         count = numel(self, shape)
+        stored = self.checked(payload, count)
+        flat = np.empty((stored.size, self.digits), np.uint8)
+        look_up(_digits(self.base, self.digits), stored, flat)
+        return torch.from_numpy(flat.reshape(-1)[:count]).view(shape)
+
+    def checked(self, payload: bytes | memoryview, count: int) -> npt.NDArray[np.uint8]:
+        """The bytes, if this coding can have written them for so many digits."""
         check_payload(self, payload, 8 * self._octets(count))
         stored = np.frombuffer(payload, np.uint8)
         if stored.size and int(stored.max()) >= self.base**self.digits:
@@ -182,12 +189,9 @@ class Radix(Coding):
                 f"{self}: damaged payload, {self.digits} digits are less than "
                 f"{self.base**self.digits}, found a byte of {stored.max()}."
             )
-        if self.digits == 1:
-            return torch.from_numpy(stored.copy()).view(shape)
-        flat = _digits(self.base, self.digits).take(stored, axis=0, mode="clip").reshape(-1)
-        if flat[count:].any():
+        if count % self.digits and stored[-1] >= self.base ** (count % self.digits):
             raise ValueError(f"{self}: damaged payload, the digits after the last one are not 0.")
-        return torch.from_numpy(flat[:count]).view(shape)
+        return stored
 
     def _octets(self, count: int) -> int:
         return -(-count // self.digits)

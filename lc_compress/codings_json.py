@@ -23,17 +23,8 @@ from .coding import Fixed, Radix, Raw, Support
 from .entropy import Entropy
 from .nm import GroupSupport
 from .part import Coding
+from .plain_data import NUMBERS, as_dtype, as_integer, as_shape, dtype_name, short
 from .tiling import BlockSupport, Tiling
-
-_LARGEST = 2**63 - 1  # positions are int64
-_AXES = 64  # more than torch allows
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
 
 
 def describe(coding: Coding) -> list[Any]:
@@ -46,7 +37,7 @@ def describe(coding: Coding) -> list[Any]:
         ValueError: a coding of another class; files know those of this library only.
     """
     if type(coding) is Raw:
-        return ["raw", str(coding.dtype).removeprefix("torch.")]
+        return ["raw", dtype_name(coding.dtype)]
     if type(coding) is Fixed:
         return ["fixed", coding.width]
     if type(coding) is Radix:
@@ -79,11 +70,11 @@ def described(data: object) -> Coding:
     reader = _READERS.get(kind) if isinstance(kind, str) else None
     if reader is None:
         raise ValueError(
-            f"A coding is a list that starts with one of {', '.join(_READERS)}, got {_short(data)}."
+            f"A coding is a list that starts with one of {', '.join(_READERS)}, got {short(data)}."
         )
     count, read = reader
     if len(arguments) != count:
-        raise ValueError(f"A coding '{kind}' has {count} argument(s), got {_short(data)}.")
+        raise ValueError(f"A coding '{kind}' has {count} argument(s), got {short(data)}.")
     return read(*arguments)
 
 
@@ -105,57 +96,58 @@ def payload_bytes(coding: Coding, shape: torch.Size) -> int | None:
 
 
 def _raw(name: object) -> Coding:
-    dtype = _DTYPES.get(name) if isinstance(name, str) else None
-    if dtype is None:
-        raise ValueError(f"A coding 'raw' names one of {', '.join(_DTYPES)}, got {_short(name)}.")
-    return Raw(dtype)
+    found = as_dtype(name, NUMBERS)
+    if found is None:
+        known = ", ".join(map(dtype_name, NUMBERS))
+        raise ValueError(f"A coding 'raw' names one of {known}, got {short(name)}.")
+    return Raw(found)
 
 
 def _fixed(width: object) -> Coding:
-    return Fixed(_integer("the width of a coding 'fixed'", width, 0, 63))
+    return Fixed(as_integer("the width of a coding 'fixed'", width, 0, 63))
 
 
 def _radix(base: object) -> Coding:
-    return Radix(_integer("the base of a coding 'radix'", base, 2, 256))
+    return Radix(as_integer("the base of a coding 'radix'", base, 2, 256))
 
 
 def _support(size: object) -> Coding:
-    return Support(_integer("the size of a coding 'support'", size, 0, _LARGEST))
+    return Support(as_integer("the size of a coding 'support'", size))
 
 
 def _entropy(inner: object) -> Coding:
     if isinstance(inner, list) and inner and inner[0] == "entropy":  # also bounds the recursion
-        raise ValueError(f"An entropy coding holds a plain one, got {_short(inner)}.")
+        raise ValueError(f"An entropy coding holds a plain one, got {short(inner)}.")
     return Entropy(described(inner))
 
 
 def _groups(shape: object, n: object, m: object, axis: object) -> Coding:
-    lengths = _shape("the shape of a coding 'groups'", shape)
-    largest = _integer("m of a coding 'groups'", m, 1, 2**31)
-    count = _integer("n of a coding 'groups'", n, 0, largest)
+    lengths = tuple(as_shape("the shape of a coding 'groups'", shape))
+    largest = as_integer("m of a coding 'groups'", m, 1, 2**31)
+    count = as_integer("n of a coding 'groups'", n, 0, largest)
     return GroupSupport(lengths, count, largest, _axis("groups", axis, lengths))
 
 
 def _blocks(shape: object, tiling: object) -> Coding:
-    lengths = _shape("the shape of a coding 'blocks'", shape)
+    lengths = tuple(as_shape("the shape of a coding 'blocks'", shape))
     given = tiling if isinstance(tiling, dict) else {}
     axis, block, shapes = (given.get(name) for name in ("axis", "block", "shapes"))
     one_way = (axis is None) != (block is None)
     if not one_way or None in given.values() or not set(given) <= {"axis", "block", "shapes"}:
         raise ValueError(
             f"A coding 'blocks' has an axis or a block, and shapes of a joint group, got "
-            f"{_short(tiling)}."
+            f"{short(tiling)}."
         )
     tensors = None
     if shapes is not None:
         if not isinstance(shapes, list) or not shapes:
-            raise ValueError(f"The shapes of a coding 'blocks' are a list, got {_short(shapes)}.")
-        tensors = tuple(torch.Size(_shape("a shape of a coding 'blocks'", s)) for s in shapes)
+            raise ValueError(f"The shapes of a coding 'blocks' are a list, got {short(shapes)}.")
+        tensors = tuple(as_shape("a shape of a coding 'blocks'", s) for s in shapes)
     pair: tuple[int, int] | None = None
     if block is not None:
-        sides = _shape("the block of a coding 'blocks'", block)
+        sides = as_shape("the block of a coding 'blocks'", block)
         if len(sides) != 2 or 0 in sides:
-            raise ValueError(f"The block of a coding 'blocks' is two lengths, got {_short(block)}.")
+            raise ValueError(f"The block of a coding 'blocks' is two lengths, got {short(block)}.")
         pair = (sides[0], sides[1])
     shortest = min((tensors or (lengths,)), key=len)
     where = None if axis is None else _axis("blocks", axis, tuple(shortest))
@@ -177,31 +169,7 @@ def _tiling(tiling: Tiling) -> dict[str, Any]:
 
 
 def _axis(kind: str, axis: object, shape: tuple[int, ...]) -> int:
-    return _integer(f"the axis of a coding '{kind}'", axis, -len(shape), len(shape) - 1)
-
-
-def _shape(what: str, lengths: object) -> tuple[int, ...]:
-    if not isinstance(lengths, list) or len(lengths) > _AXES:
-        raise ValueError(f"{what} must be a list of lengths, got {_short(lengths)}.")
-    shape = tuple(_integer(f"a length in {what}", x, 0, _LARGEST) for x in lengths)
-    if math.prod(shape) > _LARGEST:
-        raise ValueError(f"{what} has more than 2**63 - 1 entries: {_short(lengths)}.")
-    return shape
-
-
-def _integer(what: str, number: object, least: int, most: int) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
-        raise ValueError(f"{what} must be an integer from {least} to {most}, got {_short(number)}.")
-    return number
-
-
-def _short(data: object) -> str:
-    """`data` in a message, cut: a hostile header may hold anything."""
-    try:
-        text = repr(data)
-    except (RecursionError, ValueError):  # nested too deep; more digits than Python prints
-        text = f"a {type(data).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return as_integer(f"the axis of a coding '{kind}'", axis, -len(shape), len(shape) - 1)
 
 
 _READERS: dict[str, tuple[int, Callable[..., Coding]]] = {

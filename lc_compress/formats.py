@@ -12,7 +12,8 @@ from torch import Tensor
 from .binary import scale_ops
 from .blocks import Blocks
 from .coding import Fixed, Raw
-from .part import Field, Ops, Part, check_value_dtype, rounded, working
+from .number_format import Format, Rounding
+from .part import Field, Ops, check_value_dtype, rounded, working
 from .scaled import admits_scale, rounded_scales
 from .scaling import best_scales, best_scales_and_zeros
 
@@ -33,7 +34,7 @@ class IntState:
 
 
 @dataclass(frozen=True)
-class Int(Part[IntState]):
+class Int(Format[IntState]):
     """Integers of a few bits times a scale per block: what hardware calls int8, int4, …
 
     Solves   min Σ h (w − a k)²   over integers k of w's shape, one a >= 0 per block.
@@ -111,6 +112,31 @@ class Int(Part[IntState]):
         return self.exact
 
     @property
+    def keeps_zero(self) -> bool:
+        return self.symmetric
+
+    @property
+    def scale_of_largest(self) -> bool:
+        return self.symmetric and self.scale == "max"
+
+    def block_ids(self, shape: torch.Size, device: torch.device | None = None) -> Tensor:
+        ids = torch.arange(self.blocks.count(shape), device=device)
+        return self.blocks.spread(ids, shape).expand(shape)
+
+    def bits_per_element(self, shape: torch.Size, dtype: torch.dtype = torch.float32) -> float:
+        shape = torch.Size(shape)
+        scale = 8 * (self.value_dtype or dtype).itemsize + (0 if self.symmetric else self.width)
+        return self.width + scale * self.blocks.count(shape) / shape.numel()
+
+    def widest_cell(self, x: Tensor) -> Tensor:
+        state = self.solve(x.detach(), None, None, None)
+        low, high = (v.double() for v in self.blocks.split(working(x)).aminmax(dim=1))
+        step = working(state.scale).double()
+        clipped = (high - step * (self.top - state.zero)).maximum(-low - step * state.zero)
+        cell = torch.where(step > 0, (clipped + step / 2).maximum(step), 2 * clipped)
+        return self.blocks.spread(cell, x.shape).expand(x.shape).to(working(x).dtype)
+
+    @property
     def _searched_exactly(self) -> bool:
         return self.width <= (_EXACT_SYMMETRIC if self.symmetric else _EXACT_ASYMMETRIC)
 
@@ -130,15 +156,22 @@ class Int(Part[IntState]):
             if self.scale == "best":
                 scale = _refined(rows.double(), h, scale, zero[:, None], self.top)
         scale = rounded_scales(scale, zero.maximum(self.top - zero), w.dtype, self.value_dtype)
+        return self._rounded(w, scale, zero, torch.round)
+
+    def _rounded(self, w: Tensor, scale: Tensor, zero: Tensor, rounding: Rounding) -> IntState:
+        x = working(w)
         # zero weights for a scale of zero, without 0 / 0
         divisor = torch.where(scale > 0, working(scale), float("inf"))
-        integers = (x / self.blocks.spread(divisor, w.shape)).round_()
+        integers = rounding(x / self.blocks.spread(divisor, w.shape))
         if self.symmetric:
             integers.clamp_(-(self.top // 2), self.top // 2)
         else:
             low = -self.blocks.spread(zero, w.shape).to(x.dtype)
             integers = integers.maximum(low).minimum(low + self.top)
         return IntState(scale, zero, integers.to(self._integer))
+
+    def with_scales(self, w: Tensor, state: IntState, rounding: Rounding | None = None) -> IntState:
+        return self._rounded(w, state.scale, state.zero, rounding or torch.round)
 
     @property
     def _integer(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .atomic import replacing
 from .part import Ops
 from .selection import clean, named_tensors, unwrap
 from .task import Task
@@ -140,10 +141,8 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:
     if path is not None:
-        target = Path(path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        with replacing(Path(path)) as file:
+            file.write(text.encode())
     return text
 
 

@@ -36,6 +36,11 @@ def gains(w: Tensor, importance: Tensor | None, value_dtype: torch.dtype | None)
     return gain if importance is None else gain * importance
 
 
+def magnitudes(w: Tensor, importance: Tensor | None) -> Tensor:
+    """What the largest weights are chosen by: |w|, or h w² in float64."""
+    return working(w).abs() if importance is None else gains(w, importance, None)
+
+
 def where(mask: Tensor) -> Tensor:
     """Positions, ascending, at which the flattened mask holds."""
     flat = mask.reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,13 +65,13 @@ class Support(Coding):
             raise ValueError(f"{self}: size must be >= 0.")
 
     def bits(self, data: Tensor) -> int:
-        gaps = self.gaps(data)
+        gaps = self._gaps(data)
         if gaps.size in (0, self.size):
             return 0
         return 8 + self._cheapest(gaps)[0]
 
     def pack(self, data: Tensor) -> bytes:
-        gaps = self.gaps(data)
+        gaps = self._gaps(data)
         if gaps.size in (0, self.size):
             return b""
         _, kind = self._cheapest(gaps)
@@ -117,10 +118,14 @@ class Support(Coding):
                 f"{self}: damaged payload, {kept} positions below {self.size} were stored, "
                 f"found {positions.size} up to {positions.max(initial=-1)}."
             )
-        return torch.from_numpy(positions)
+        return torch.from_numpy(positions.astype(np.int64, copy=False))
 
     def gaps(self, data: Tensor) -> Codes:
         """Weights skipped before each position, int64; refuses what is not a support."""
+        return self._gaps(data).astype(np.int64, copy=False)
+
+    def _gaps(self, data: Tensor) -> Codes:
+        """The same, int32 where that holds all positions."""
         if data.dtype != torch.int64 or data.dim() != 1:
             raise ValueError(
                 f"{self} writes a vector of int64, got {data.dtype} of shape {tuple(data.shape)}."
@@ -131,8 +136,9 @@ class Support(Coding):
                 f"{self}: positions must be from 0 to {self.size - 1}, got {positions.min()} to "
                 f"{positions.max()}."
             )
-        gaps: Codes = np.diff(positions, prepend=-1)
-        gaps -= 1
+        gaps = positions.astype(_narrow(self.size))
+        gaps[1:] -= gaps[:-1].copy()
+        gaps[1:] -= 1
         if positions.size and int(gaps.min()) < 0:
             at = int(gaps.argmin())
             raise ValueError(
@@ -147,9 +153,9 @@ class Support(Coding):
         A way is only counted out where a bound from the sum of gaps leaves it a chance:
         ⌊g / d⌋ >= (g − d + 1) / d.
         """
-        k, total, largest = gaps.size, int(gaps.sum()), int(gaps.max())
+        k, total, largest = gaps.size, int(gaps.sum(dtype=np.int64)), int(gaps.max())
         if largest < 2**32:
-            gaps = gaps.astype(np.uint32)  # divides faster
+            gaps = gaps.astype(np.uint32, copy=False)  # divides faster
         best = self.size, 0
         # from 2**b >= the mean on one bit more costs k and saves at most Σ ⌊g / 2**b⌋ <= k
         for b in range(min(32, (total // k).bit_length()), 0, -1):
@@ -180,7 +186,7 @@ class Support(Coding):
         last = int(ends[-1]) + 1
         check_payload(self, payload, 8 + last * width)
         codes += ending  # what is no escape passes its own position too, and has room for the 1
-        passed: Codes = np.cumsum(codes[:last], dtype=np.int64)
+        passed: Codes = np.cumsum(codes[:last], dtype=_narrow(last << width))
         if last > kept:
             passed = passed[ends]
         passed -= 1
@@ -199,20 +205,30 @@ class Support(Coding):
         if found != kept:
             raise ValueError(f"{self}: damaged payload, it holds {found} positions, not {kept}.")
         ends = np.flatnonzero(ones)
-        check_payload(self, payload, 8 + start + int(ends[-1]) + 1)
-        counted = np.arange(kept)
-        positions: Codes = ends - counted  # zeros so far: Σ of the upper parts
+        most = int(ends[-1])
+        check_payload(self, payload, 8 + start + most + 1)
+        kind = _narrow((most + kept + 1) << b)
+        positions: Codes = ends.astype(kind)
+        del ends, ones, unary
+        counted = np.arange(kept, dtype=kind)
+        positions -= counted  # zeros so far: Σ of the upper parts
         positions <<= b
-        positions += np.cumsum(unpack_codes(body, kept, b), dtype=np.int64)
         positions += counted
+        positions += np.cumsum(unpack_codes(body, kept, b), dtype=kind)
         return positions
+
+
+def _narrow(limit: int) -> type[np.signedinteger[Any]]:
+    """The smaller integers, if they hold all numbers below `limit`."""
+    return np.int32 if limit <= 2**31 else np.int64
 
 
 def _pack_unary(gaps: Codes, b: int) -> bytes:
     """Lower b bits of each gap, then the upper ones in unary, one bit string."""
     lower = pack_codes(gaps & 2**b - 1, b)
     whole, begun = divmod(gaps.size * b, 8)  # bytes that are full, bits of the next one
-    ends = np.cumsum((gaps >> b) + 1) - 1
+    ends: Codes = np.cumsum((gaps >> b) + 1)
+    ends -= 1
     unary = np.zeros(begun + int(ends[-1]) + 1, np.bool_)
     unary[ends + begun] = True
     upper = bytearray(np.packbits(unary, bitorder="little").tobytes())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .part import Part, working
 from .selection import Selected
+from .views import joined
 
 
 class Task:
@@ -49,7 +50,7 @@ class Task:
     @property
     def shape(self) -> torch.Size:
         """Shape of what the part sees."""
-        return self.parameters[0].shape if len(self.parameters) == 1 else torch.Size((self.size,))
+        return joined([p.shape for p in self.parameters])
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors as the part sees them: one as it is, several as one vector."""

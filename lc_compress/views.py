@@ -6,10 +6,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def joined(shapes: Sequence[torch.Size]) -> torch.Size:
+    """The shape that a part sees of a task's tensors: that of the one there is, or one vector of a
+    group's.
+    """
+    return shapes[0] if len(shapes) == 1 else torch.Size((sum(map(math.prod, shapes)),))
 
 
 class View(ABC):

@@ -678,6 +678,51 @@ def int_delta(part: Part, fields: Fields, shape: Shape, dtype: str) -> Array:
         return sat(numbers * spread(part, scales, shape), dtype)
 
 
+def fixed_point_delta(part: Part, fields: Fields, shape: Shape, dtype: str) -> Array:
+    count, half = scale_count(part, shape), 2 ** (part["width"] - 1)
+    exponents = integers(fields, "exponents", (count,), 256).astype(np.int64) - 128
+    least, largest = part.get("exponents", [0, 19])
+    check(((least <= exponents) & (exponents <= largest)).all(), "an exponent out of range")
+    numbers = integers(fields, "codes", shape, 2 * half).astype(np.int64) - half
+    steps = spread(part, np.ldexp(1.0, -exponents), shape)
+    return sat((numbers * steps).astype(held(dtype)), dtype)
+
+
+ELEMENTS = {  # bits, mantissa bits, exponent of the subnormals, largest code of a magnitude
+    "e4m3": (8, 3, -6, 126),
+    "e5m2": (8, 2, -14, 123),
+    "e2m3": (6, 3, 0, 31),
+    "e3m2": (6, 2, -2, 31),
+    "e2m1": (4, 1, 0, 7),
+    "int8": (8, 6, 0, 127),
+}
+
+
+def block_delta(part: Part, fields: Fields, shape: Shape, dtype: str) -> Array:
+    if part["type"] == "MX":
+        width, mantissa, lowest, top = ELEMENTS[part["element"]]
+        block, first, count = part.get("block", 32), -127, 255
+    else:
+        width = part["width"]
+        mantissa, lowest, top = width - 1, width - 1, 2 ** (width - 1) - 1
+        block, first, count = part.get("block", 64), -127 - (width - 1), 256
+    axis = part.get("axis", -1)
+    check(-len(shape) <= axis < len(shape) and block >= 1, "an axis, or a block")
+    axis %= len(shape)
+    length = shape[axis]
+    others = shape[:axis] + shape[axis + 1 :]
+    s = first + integers(fields, "exponents", (*others, -(-length // block)), count)
+    s = np.moveaxis(s.repeat(block, -1)[..., :length], -1, axis)
+    codes = integers(fields, "codes", shape, 2**width)
+    c = codes % 2 ** (width - 1)
+    check(not (c > top).any(), "the range of codes")
+    octave = np.maximum((c >> mantissa) - 1, 0)
+    sizes = np.ldexp((c - (octave << mantissa)).astype(float), lowest + octave - mantissa + s)
+    limit = LARGEST["float64" if dtype == "float64" else "float32"]
+    values = np.copysign(np.minimum(sizes, limit), np.where(codes >> (width - 1), -1, 1))
+    return sat(values.astype(held(dtype)), dtype)
+
+
 def sparse_delta(part: Part, fields: Fields, shape: Shape, dtype: str) -> Array:
     positions = fields.pop("positions")
     values = floats(fields, "values", (len(positions),), dtype)
@@ -718,8 +763,14 @@ def sum_delta(part: Part, fields: Fields, shape: Shape, dtype: str) -> Array:
     check(all(term.get("type") != "Sum" for term in terms) and terms, "terms of a sum")
     total: Any = None
     for i, term in enumerate(terms):
-        piece = delta(term, below(fields, f"{i}."), shape, dtype)
-        total = piece if total is None else total + piece
+        mine = below(fields, f"{i}.")
+        at = mine.get("positions") if term["type"] in SPARSE and i else None
+        piece = delta(term, mine, shape, dtype)
+        if at is None:
+            total = piece if total is None else total + piece
+        else:  # −0 stays elsewhere
+            total = total.copy()
+            total.reshape(-1)[at] += piece.reshape(-1)[at]
     return to(total, dtype)
 
 
@@ -810,6 +861,11 @@ def then_delta(part: Part, fields: Fields, shape: Shape, dtype: str) -> Array:
     return delta(outer, kept, shape, dtype)
 
 
+def pruned_delta(part: Part, fields: Fields, shape: Shape, dtype: str) -> Array:
+    product = {"outer": part["pruner"], "inner": part["format"]}
+    return then_delta(product, fields, shape, dtype)
+
+
 def scale_layout(part: Part, fields: Fields, shape: Shape) -> dict[str, Shape]:
     return {"scale": (scale_count(part, shape),)}
 
@@ -847,6 +903,7 @@ PER_WEIGHT = {
     "Binary": "positive",
     "Ternary": "signs",
     **dict.fromkeys(("KMeans", "FixedCodebook", "PowersOfTwo", "ScaledCodebook", "Int"), "codes"),
+    **dict.fromkeys(("HBFP", "MX", "FixedPoint"), "codes"),
 }
 BLOCKS = {"axis", "group", "value_dtype"}
 PARTS: dict[str, tuple[set[str], Callable[[Part, Fields, Shape, str], Array]]] = {
@@ -857,6 +914,9 @@ PARTS: dict[str, tuple[set[str], Callable[[Part, Fields, Shape, str], Array]]] =
     "PowersOfTwo": ({"c"}, codebook_delta),
     "ScaledCodebook": (BLOCKS | {"values"}, scaled_delta),
     "Int": (BLOCKS | {"width", "symmetric", "scale"}, int_delta),
+    "FixedPoint": ({"width", "axis", "rounding", "exponents", "saturate"}, fixed_point_delta),
+    "HBFP": ({"width", "block", "axis", "scale"}, block_delta),
+    "MX": ({"element", "block", "axis", "scale", "rounding"}, block_delta),
     **{name: (arguments, sparse_delta) for name, arguments in SPARSE.items()},
     "LowRank": ({"rank", "value_dtype"}, low_rank_delta),
     "RankSelection": (
@@ -865,6 +925,7 @@ PARTS: dict[str, tuple[set[str], Callable[[Part, Fields, Shape, str], Array]]] =
     ),
     "Sum": ({"parts", "tolerance", "sweeps"}, sum_delta),
     "Then": ({"outer", "inner"}, then_delta),
+    "QuantizedThenPruned": ({"format", "pruner", "mask_from"}, pruned_delta),
     "Over": ({"part", "view"}, over_delta),
     "Each": ({"part", "shapes"}, each_delta),
 }

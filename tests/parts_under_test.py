@@ -15,10 +15,13 @@ from torch import Tensor
 
 from lc_compress.binary import Binary, Ternary
 from lc_compress.codebook import FixedCodebook, KMeans, PowersOfTwo
-from lc_compress.compose import each
+from lc_compress.compose import QuantizedThenPruned, each
+from lc_compress.fixed_point import FixedPoint
 from lc_compress.formats import Int
+from lc_compress.hbfp import HBFP
 from lc_compress.l1 import L1Ball, L1Penalty
 from lc_compress.low_rank import LowRank
+from lc_compress.mx import MX
 from lc_compress.nm import NM
 from lc_compress.rank_selection import RankSelection
 from lc_compress.scaled import ScaledCodebook
@@ -877,10 +880,135 @@ SUMS += [
 ]
 
 COMPOSED += [
+    Case(Sparse(nonzeros=10).then(FixedPoint(4))),
     slow(Case(Sparse(nonzeros=10).then(Int(3, group=5)), symmetries=(negate, rescale))),
     slow(Case(Sparse(nonzeros=10).then(Int(3, symmetric=False)), symmetries=(rescale,))),
     slow(Case(Sparse(nonzeros=10).then(ScaledCodebook(SKEWED)), symmetries=(negate, rescale))),
     slow(Case(LowRank(2).then(Int(8)), symmetries=(rescale,))),
+]
+
+
+def powers(width: int, least: int, largest: int) -> Brute:
+    """Integers of a width times the best power of two of a range."""
+    levels = range(-(1 << width - 1), 1 << width - 1)
+    tried = [
+        brute(fixed(*(k * 2.0**-d for k in levels)), len(levels)) for d in range(least, largest + 1)
+    ]
+    return lambda w, h, mu: min(value for b in tried if (value := b(w, h, mu)) is not None)
+
+
+LEAVES += [
+    Case(
+        FixedPoint(2, exponents=(-1, 2)),
+        symmetries=(permute,),
+        brute=powers(2, -1, 2),
+        brute_shape=SMALL,
+    ),
+    Case(
+        FixedPoint(2, axis=0, exponents=(0, 3)),
+        symmetries=(permute_axes,),
+        brute=blockwise(powers(2, 0, 3), rows),
+        brute_shape=SMALL,
+    ),
+    Case(FixedPoint(4, rounding="truncate")),
+    slow(Case(FixedPoint(8), symmetries=(permute,))),
+    slow(Case(FixedPoint(4, rounding="floor", saturate=(0.01, 0.99)))),
+    slow(Case(FixedPoint(16, exponents=(-60, 60)), symmetries=(rescale,))),
+]
+
+SIGNS = (negate, flip_signs, rescale)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def powers(magnitudes: tuple[float, ...], block: int, cost: Cost | None = None) -> Brute:
+    """Blocks of magnitudes times a power of two, over all supports and exponents from −127 to 127.
+
+    For a support the blocks are problems of their own.
+    """
+    grid = torch.tensor(magnitudes, dtype=torch.float64)
+    grid = 2.0 ** torch.arange(-127, 128)[:, None].double() * torch.cat((grid, -grid))
+
+    def least(w: Tensor, importance: Tensor, mu: float) -> float:
+        nearest = (w[..., None, None] - grid).square().amin(-1)  # (*shape, exponents)
+        kept = assignments(w.numel(), 2).view(-1, *w.shape).bool()
+        error = torch.where(kept[..., None], nearest, w.square()[..., None])
+        blocks = (importance[..., None] * error).split(block, -2)
+        total = sum(x.sum(-2).amin(-1).flatten(1).sum(1) for x in blocks)
+        return mu / 2 * float((total + (cost(kept) if cost else 0)).min())
+
+    return least
+
+
+LEAVES += [
+    Case(HBFP(4, block=5), symmetries=SIGNS),
+    Case(
+        HBFP(3, block=3, scale="best"),
+        symmetries=SIGNS,
+        brute=powers((0.0, 1.0, 2.0, 3.0), 3),
+        brute_shape=(1, 5),
+    ),
+    Case(MX("e2m1"), symmetries=SIGNS),
+    Case(
+        MX("e2m1", block=3, scale="best"),
+        symmetries=SIGNS,
+        brute=powers(E2M1, 3),
+        brute_shape=(1, 5),
+    ),
+    *(
+        slow(case)
+        for case in (
+            Case(HBFP(12, block=4, axis=0, scale="best"), symmetries=SIGNS),
+            *(
+                Case(MX(element, block=4, axis=axis, rounding="even"), symmetries=SIGNS)
+                for element, axis in (("e4m3", -1), ("e5m2", 0), ("e2m3", 1), ("e3m2", -2))
+            ),
+            Case(MX("int8", block=4, scale="best"), symmetries=SIGNS),
+        )
+    ),
+]
+
+SUMS += [
+    replace(slow(Case(Binary() + NM(2, 4).then(HBFP(4)))), dtypes=(torch.float64,)),
+    slow(Case(Binary() + HBFP(4).then(Sparse(nonzeros=10)))),
+    slow(Case(MX("e2m1") + Sparse(nonzeros=3), symmetries=(rescale,))),
+]
+
+COMPOSED += [
+    *(
+        slow(
+            Case(
+                NM(2, 4).then(inner),
+                symmetries=SIGNS,
+                brute=powers(magnitudes, 4, n_of_m(2, 4)),
+                brute_shape=(1, 4),
+            )
+        )
+        for inner, magnitudes in (
+            (HBFP(3, block=4, scale="best"), (0.0, 1.0, 2.0, 3.0)),
+            (MX("e2m1", block=8, scale="best"), E2M1),
+        )
+    ),
+    slow(Case(Sparse(nonzeros=10).then(HBFP(4, block=4)), symmetries=SIGNS)),
+    slow(
+        Case(
+            Sparse(nonzeros=3).then(Int(3)),
+            cone=True,
+            symmetries=ANY_SIGN,
+            brute=supports(at_most(3), scaled(*range(-3, 0), *range(1, 4), 0), 6),
+            brute_shape=(1, 4),
+        )
+    ),
+    slow(Case(NM(2, 4).then(MX("e2m1", block=6)), symmetries=SIGNS)),
+    slow(Case(NM(2, 4).then(Int(4, axis=0, scale="max")), symmetries=SIGNS)),
+    slow(Case(HBFP(4).then(Sparse(nonzeros=10)), symmetries=SIGNS)),
+    slow(Case(MX("e2m1").then(NM(2, 4)), symmetries=SIGNS)),
+    slow(
+        Case(
+            QuantizedThenPruned(Int(3, axis=0), NM(2, 4), mask_from="pre"),
+            symmetries=(flip_signs, rescale),
+        )
+    ),
+    slow(Case(HBFP(4).over(Matrix()), shapes=KERNELS, symmetries=SIGNS)),
 ]
 
 CASES = [*LEAVES, *SUMS, *COMPOSED]

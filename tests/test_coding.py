@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lc_compress.bits import look_up
 from lc_compress.coding import Fixed, Radix, Raw, Support
 from lc_compress.part import Coding
 
@@ -449,3 +451,16 @@ def test_codings_are_values(device: torch.device) -> None:
     assert len({Support(5), Support(5), Radix(3), Raw(torch.float32)}) == 3
     check_round_trip(Support(50), vector(3, 9).to(device).cpu())
     assert Fixed(4).pack(vector(1, 2).to(device)) == b"\x21"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8])
+def test_rows_of_a_table(width: int, dtype: type) -> None:
+    """Rows of any number of bytes, cut in pieces or not."""
+    generator = np.random.default_rng(0)
+    table = generator.integers(0, 100, (256, width)).astype(dtype)
+    for count in (0, 1, 1 << 15, (1 << 15) + 3):
+        stored = generator.integers(0, 256, count).astype(np.uint8)
+        rows = np.zeros((count, width), dtype)
+        look_up(table, stored, rows)
+        assert np.array_equal(rows, table[stored])

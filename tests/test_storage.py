@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from lc_compress import (
     modules,
 )
 from lc_compress.__main__ import main
+from lc_compress.codings_json import described
 from lc_compress.part import Field, Part
 from lc_compress.storage import FormatError, container, inspect, load, save, tiles, to_dense, verify
 from lc_compress.storage.records import PackedFile
@@ -470,7 +473,7 @@ def test_runs_that_are_not_finished(tmp_path: Path) -> None:
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     path = tmp_path / "x.lc"
-    with pytest.raises(TypeError, match="an LC or a module, got dict"):
+    with pytest.raises(TypeError, match="a module, got dict"):
         save({}, path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"float16, bfloat16, float32 or None, got torch\.int8"):
         save(Net(), path, uncompressed=torch.int8)
@@ -569,6 +572,26 @@ def test_every_truncation_is_found(small: Path, tmp_path: Path) -> None:
     refuses(path)
 
 
+def test_a_file_that_changes_while_it_is_read(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checksums are compared once: what is written to the file after that is found all the same."""
+    path = tmp_path / "changing.lc"
+    path.write_bytes(small.read_bytes())
+    check = PackedFile.check
+
+    def damaged_after(file: PackedFile) -> None:
+        check(file)
+        whole = bytearray(path.read_bytes())
+        whole[container._START] ^= 1
+        path.write_bytes(whole)
+        os.utime(path, ns=(0, 0))  # however coarse the clock is
+
+    monkeypatch.setattr(PackedFile, "check", damaged_after)
+    with pytest.raises(FormatError, match="has changed since it was opened"):
+        load(path, small_model())
+
+
 def test_damage_names_the_tensor(small: Path, tmp_path: Path) -> None:
     whole = bytearray(small.read_bytes())
     whole[container._START] ^= 1
@@ -582,7 +605,11 @@ Data = dict[str, Any]
 
 
 def forged(
-    path: Path, target: Path, change: Callable[[Data], Any], payload: bytes | None = None
+    path: Path,
+    target: Path,
+    change: Callable[[Data], Any],
+    payload: bytes | None = None,
+    sizes: list[int] | None = None,
 ) -> None:
     """A file with another index, all checksums right: what damage cannot make, but malice can."""
     file = PackedFile(path, known_types())
@@ -593,7 +620,9 @@ def forged(
     changed = change(index)
     index = index if changed is None else changed
     body = whole[start:stop] if payload is None else payload
-    checksums = [zlib.crc32(body[r.offset : r.offset + r.bytes]) for r in file.records]
+    lengths = sizes or [record.bytes for record in file.records]
+    ends = list(itertools.accumulate(lengths))
+    checksums = [zlib.crc32(body[b - n : b]) for b, n in zip(ends, lengths, strict=True)]
     text = container.indexed(json.dumps(index).encode(), checksums)
     target.write_bytes(container._header(len(body), len(text)) + body + text)
 
@@ -663,6 +692,75 @@ HOSTILE: dict[str, tuple[Callable[[Data], Any], str]] = {
         "no Binary",
     ),
 }
+
+
+POSITIVE, SCALE = ["0.positive", ["fixed", 1]], ["0.scale", ["raw", "float32"], [1]]
+UNLIKE: dict[str, tuple[Callable[[Data], Any], str]] = {
+    "integers as a scale": (put(*FIELDS, 0, value=["0.scale", ["raw", "int32"], [1]]), "floating"),
+    "codes as a scale": (put(*FIELDS, 0, value=["0.scale", ["fixed", 32], [1]]), "floating-point"),
+    "a scale of another shape": (put(*FIELDS, 0, 2, value=[1, 1]), r"shape \(1, 1\), not \(1,\)"),
+    "a scale without an axis": (put(*FIELDS, 0, 2, value=[]), r"shape \(\), not \(1,\)"),
+    "signs of another shape": (put(*FIELDS, 1, value=[*POSITIVE, [9, 7]]), r"not \(7, 9\)"),
+    "signs as a vector": (put(*FIELDS, 1, value=[*POSITIVE, [63]]), r"not \(7, 9\)"),
+    "positions in more weights": (put(*FIELDS, 2, 1, value=["support", 64]), "for other weights"),
+    "a field too many": (put(*FIELDS, value=[SCALE, POSITIVE, ["x", ["fixed", 0], [1]]]), "bytes"),
+    "a field of no part": (
+        lambda index: first(index)["fields"].append(["2.x", ["fixed", 0], [1]]),
+        "fields that no part has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_fields_that_are_not_those_of_the_part(name: str, small: Path, tmp_path: Path) -> None:
+    """Arrays that `decode` could use are refused all the same, as the format's page says."""
+    change, message = UNLIKE[name]
+    forged(small, tmp_path / "unlike.lc", change)
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path / "unlike.lc", small_model())
+    refuses(tmp_path / "unlike.lc")
+
+
+def test_numbers_out_of_range(tmp_path: Path) -> None:
+    """Codes that another coding can hold, but no writer of the part writes."""
+    path = tmp_path / "range.lc"
+    for part, name, coding in (
+        (Binary(), "positive", ["fixed", 2]),
+        (Ternary(), "signs", ["raw", "uint8"]),
+        (Ternary(), "signs", ["radix", 4]),
+        (KMeans(3), "codes", None),
+        (KMeans(5), "codes", None),
+        (FixedCodebook((-1, 0, 1, 2, 3)), "codes", None),
+        (Int(2), "codes", None),
+        (Int(4, axis=0), "codes", None),
+        (Int(5), "codes", None),
+        (Int(8, scale="max"), "codes", None),
+    ):
+        w = torch.linspace(-1, 1, 40).view(4, 10)
+        written(path, part, w, None)
+        file = PackedFile(path, known_types())
+        (record,) = file.records
+        if coding is None:  # all bits set: a code that is left out
+            (length,) = (f.bytes for f in record.fields if f.name == name)
+            body = [bytes(x.payload) for x in file.packed(record).values()]
+            at = [f.name for f in record.fields].index(name)
+            body[at] = b"\xff" * length
+            forged(path, path, lambda index: None, payload=b"".join(body))
+        else:
+            octets = described(coding).pack(torch.full((40,), 3, dtype=torch.uint8))
+            body = [bytes(x.payload) for x in file.packed(record).values()]
+            at = [f.name for f in record.fields].index(name)
+            body[at] = octets
+            again = [f.bytes if i != at else len(octets) for i, f in enumerate(record.fields)]
+
+            def change(index: Data, at: int = at, coding: Any = coding) -> None:
+                first(index)["fields"][at][1] = coding
+
+            forged(path, path, change, payload=b"".join(body), sizes=[sum(again)])
+        with pytest.raises(FormatError, match=r"from 0 to|damaged codes"):
+            load(path, Holder(torch.zeros(4, 10)))
+        with pytest.raises(FormatError):
+            verify(path)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -14,6 +14,7 @@ from ..part import Part
 from ..structured import BlockForm
 from . import viewed as viewed
 from .ordered import Exposed as Exposed
+from .ordered import QuantizedThenPruned as QuantizedThenPruned
 from .ordered import Then as Then
 from .ordered import ThenState as ThenState
 from .ordered import expose as expose

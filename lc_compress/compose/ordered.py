@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import singledispatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import joint
+from ..nm import NM
+from ..number_format import Format
 from ..part import Field, Ops, Part
-from ..sparse import SparseForm, SparseState
+from ..sparse import Sparse, SparseForm, SparseState, magnitudes
 from .names import below, prefixed
 from .sums import Sum
 from .wrapped import Each, Over
@@ -200,9 +202,88 @@ class Then(Part[ThenState]):
         return ThenState(self._filled(state.outer, inner), inner)
 
 
+@dataclass(frozen=True)
+class QuantizedThenPruned(Part[ThenState]):
+    """Quantize, then prune, `format.then(Sparse(...))` or `format.then(NM(n, m))`: for analysis.
+
+    Not a projection: Δ = s(q(w)) need not be the sparse point of the grid closest to w, and the
+    scales are those of all weights. `pruner.then(format)` is the projection. `solve` takes no warm
+    start, and `project` keeps one that is closer.
+
+    Args:
+        format: `Int`, `HBFP` or `MX`.
+        pruner: `Sparse` or `NM`. With importance it keeps the largest h |·|².
+        mask_from: which magnitudes it looks at: "post", those of q(w), where ties are decided by
+            order; "pre", those of w, which makes it prune, then quantize, bit for bit, where the
+            groups nest in the scale blocks and scales are those of the largest weight
+            (papers/sparsity-quantization-order.md, section 7 item 6).
+
+    State, fields and cost: those of `pruner.then(format)`.
+
+    Raises:
+        TypeError: another kind of part.
+        ValueError: another `mask_from`.
+    """
+
+    format: Format[Any]
+    pruner: Sparse | NM
+    mask_from: Literal["post", "pre"] = "post"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.format, Format) and isinstance(self.pruner, Sparse | NM)):
+            raise TypeError(
+                "QuantizedThenPruned takes a number format and Sparse or NM, got "
+                f"{type(self.format).__name__} and {type(self.pruner).__name__}."
+            )
+        if self.mask_from not in ("post", "pre"):
+            raise ValueError(f'mask_from must be "post" or "pre", got {self.mask_from!r}.')
+
+    def __str__(self) -> str:
+        mask = "" if self.mask_from == "post" else " with the mask of the weights"
+        return f"{self.format}.then({self.pruner}){mask} (no projection)"
+
+    @property
+    def _product(self) -> Then:
+        """The same set of Δ, so the same state."""
+        return Then(self.pruner, self.format)
+
+    def solve(
+        self, w: Tensor, warm: ThenState | None, mu: float | None, importance: Tensor | None
+    ) -> ThenState:
+        inner = self.format.solve(w, None, mu, importance)
+        q = self.format.reconstruct(inner)
+        seen = q if self.mask_from == "post" else w
+        positions = self.pruner.select(magnitudes(seen, importance))
+        kept = SparseState(positions, q.reshape(-1)[positions], w.shape)
+        return ThenState(kept, {"values": inner})
+
+    def reconstruct(self, state: ThenState) -> Tensor:
+        return self._product.reconstruct(state)
+
+    def encode(self, state: ThenState) -> dict[str, Field]:
+        return self._product.encode(state)
+
+    def decode(
+        self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
+    ) -> ThenState:
+        return self._product.decode(arrays, shape, dtype)
+
+    def ops(self, state: ThenState, positions: int = 1) -> Ops:
+        return self._product.ops(state, positions)
+
+    def admits(self, state: ThenState) -> bool:
+        return self._product.admits(state)
+
+    def tunable(self, state: ThenState) -> dict[str, Tensor]:
+        return self._product.tunable(state)
+
+    def with_tunable(self, state: ThenState, values: Mapping[str, Tensor]) -> ThenState:
+        return self._product.with_tunable(state, values)
+
+
 def then(outer: Part[Any], inner: Part[Any]) -> Part[Any]:
     """`outer.then(inner)`: passes through views, groups and an earlier `then` to the part whose
-    values are continuous.
+    values are continuous. A number format, then a pruner is `QuantizedThenPruned`.
     """
     if isinstance(outer, Over):
         return Over(then(outer.part, inner), outer.view)
@@ -210,4 +291,6 @@ def then(outer: Part[Any], inner: Part[Any]) -> Part[Any]:
         return replace(outer, part=then(outer.part, inner))
     if isinstance(outer, Then):
         return Then(outer.outer, then(outer.inner, inner))
+    if isinstance(outer, Format) and isinstance(inner, Sparse | NM):
+        return QuantizedThenPruned(outer, inner)
     return Then(outer, inner)

@@ -5,6 +5,7 @@ from . import codebook_sparse as codebook_sparse
 from . import kmeans_sparse as kmeans_sparse
 from . import low_rank_sparse as low_rank_sparse
 from . import shared_support as shared_support
+from . import sparse_format as sparse_format
 from .registry import Joint as Joint
 from .registry import find as find
 from .registry import find_then as find_then

@@ -16,7 +16,7 @@ from ..sparse import Sparse, SparseState, where
 from .registry import register_then
 
 
-def _separate(sparse: Any, quantizer: Any) -> bool:
+def separate(sparse: Any, quantizer: Any) -> bool:
     """One learned scale, or groups that never lie across two scales, whatever the shape."""
     if quantizer.axis is None:
         return quantizer.group is None
@@ -25,7 +25,7 @@ def _separate(sparse: Any, quantizer: Any) -> bool:
 
 
 def _exact(sparse: Any, quantizer: Any) -> bool:
-    return _separate(sparse, quantizer) and quantizer.value_dtype is None
+    return separate(sparse, quantizer) and quantizer.value_dtype is None
 
 
 def _always(sparse: Any, quantizer: Any) -> bool:
@@ -106,7 +106,7 @@ def sparse_ternary(
     u = working(w).abs()
     energy = u if importance is None else u.double().square() * importance
     best = _among(b, w, a.select(energy), importance)
-    if importance is None and _separate(a, b):
+    if importance is None and separate(a, b):
         return best
     h = torch.ones_like(w) if importance is None else importance.to(w.device).expand(w.shape)
     middle = best[1].scale.double()

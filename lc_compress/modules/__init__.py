@@ -16,6 +16,7 @@ from .packed import pack as pack
 from .replacing import PackedState as PackedState
 from .replacing import compress_module as compress_module
 from .replacing import replace_modules as replace_modules
+from .replacing import replace_tensor as replace_tensor
 from .replacing import to_dense as to_dense
 from .replacing import unpack_all as unpack_all
 from .weight import Materialize as Materialize

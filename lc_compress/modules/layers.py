@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..scheduled.inserting import carry
 from .term import TILE
 from .weight import Dense, PackedWeight
 
@@ -30,6 +31,7 @@ class PackedModule(nn.Module):
             setattr(self, name, getattr(module, name))
         if hasattr(module, "bias"):
             self.register_parameter("bias", module.bias)  # type: ignore[arg-type]
+        carry(module, self)
         self.train(module.training)
 
     @classmethod
@@ -58,6 +60,7 @@ class PackedModule(nn.Module):
             if bias is not None:
                 bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
             dense.register_parameter("bias", bias)
+        carry(self, dense)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,12 @@ class Packed:
     payload: Tensor
 
     def unpack(self) -> Tensor:
-        """The array, on the CPU."""
-        return self.coding.unpack(self.payload.cpu().numpy().tobytes(), self.shape)
+        """The array, on the CPU. Plain numbers share the payload's memory: do not write to them."""
+        payload, coding = self.payload.cpu(), self.coding
+        if isinstance(coding, Raw) and coding.dtype != torch.bool and sys.byteorder == "little":
+            return payload.view(coding.dtype).view(self.shape)
+        stored: Any = payload.numpy().data  # codings read it as they do bytes
+        return coding.unpack(stored, self.shape)
 
 
 def pack(part: Part[Any], state: Any) -> dict[str, Packed]:

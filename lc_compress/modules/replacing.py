@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..part import Part
+from ..scheduled.inserting import After, Before
+from ..views import joined
 from .layers import Conv1d, Conv2d, Embedding, Linear, PackedModule
 from .packed import Packed, pack
 from .weight import Materialize, PackedWeight
@@ -150,7 +152,8 @@ def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _check(module: nn.Module) -> None:
     """Refuse what a packed module would silently do otherwise."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    own = (hook for hooks in _HOOKS for hook in getattr(module, hooks).values())
+    if not all(isinstance(hook, Before | After) for hook in own):
         raise ValueError(
             f"{type(module).__name__} has hooks, which a packed module would not have. Remove them "
             "first (a hook that computes the weight, by `remove_weight_norm` or the like)."
@@ -188,8 +191,7 @@ def _write_dense(
     state: Any,
 ) -> None:
     """Δ(θ) into the parameters; those on the meta device are replaced."""
-    sizes = [p.numel() for p in own]
-    shape = own[0].shape if len(own) == 1 else torch.Size((sum(sizes),))
+    sizes, shape = [p.numel() for p in own], joined([p.shape for p in own])
     if isinstance(state, PackedState):
         arrays = {name: x.unpack() for name, x in state.arrays.items()}
         state = part.decode(arrays, shape, own[0].dtype)
@@ -203,6 +205,19 @@ def _write_dense(
         if not p.is_meta:
             p.copy_(piece.view(p.shape))
             continue
-        new = nn.Parameter(piece.view(p.shape).to(p.dtype, copy=True), p.requires_grad)
-        for module, name in users[p]:
-            module._parameters[name] = new
+        made = piece.view(p.shape).to(p.dtype, copy=True)
+        replace_tensor([module for module, _ in users[p]], p, made)
+
+
+def replace_tensor(modules: Iterable[nn.Module], old: Tensor, new: Tensor) -> Tensor:
+    """`new` takes the place of the parameter or buffer `old` wherever these modules have it; what
+    is then there.
+    """
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module in modules:
+        for own in (module._parameters, module._buffers):
+            for name, x in own.items():
+                if x is old:
+                    own[name] = new  # type: ignore[assignment]
+    return new

@@ -53,7 +53,7 @@ def terms(
     Raises:
         ValueError: the arrays are for weights of another shape.
     """
-    arrays = {name: _plain(x) for name, x in arrays.items()}
+    arrays = {name: plain(x) for name, x in arrays.items()}
     found = fast_terms(part, arrays, shape, dtype, view)
     if found is None:
         whole = part if view is None else Over(part, view)
@@ -106,6 +106,7 @@ def _coded(
     view: View | None,
     levels: Tensor | None = None,
     first: int = 0,
+    limit: int | None = None,
 ) -> list[Term] | None:
     """The term of codes, one per weight."""
     coding = arrays[name].coding
@@ -121,7 +122,7 @@ def _coded(
         for key in {"scale", "zero"} & set(arrays)
     ):
         return None
-    return [Coded(arrays, name, blocks, shown, levels, first)]
+    return [Coded(arrays, name, blocks, shown, levels, first, limit)]
 
 
 def _signs(part: Binary | Ternary, dtype: torch.dtype, *signs: float) -> Tensor:
@@ -186,7 +187,7 @@ def _(
     if not part.symmetric and not can_unpack(arrays["zero"].coding):
         return None
     first = -(part.top // 2) if part.symmetric else 0
-    return _coded(arrays, "codes", part.blocks, shape, view, first=first)
+    return _coded(arrays, "codes", part.blocks, shape, view, first=first, limit=part.top + 1)
 
 
 @fast_terms.register
@@ -232,7 +233,7 @@ def _(
     return None if view is not None else _factors(arrays, shape, *part.schemes)
 
 
-def _plain(x: Packed) -> Packed:
+def plain(x: Packed) -> Packed:
     """The array without an entropy coder."""
     if not isinstance(x.coding, Entropy):
         return x

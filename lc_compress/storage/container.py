@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from ..atomic import replacing
 
 VERSION = 1
 
@@ -29,6 +33,7 @@ _HEADER = 200  # bytes of the safetensors header
 _START = 8 + _HEADER
 _MOST_JSON = 400  # an index of `describe` is at most so many times longer than deflated, or
 _SMALL_JSON = 1 << 20  # at most this long
+_PIECE = 1 << 19  # bytes whose checksum is taken at once: they stay in the cache
 
 
 class FormatError(ValueError):
@@ -75,20 +80,9 @@ def indexed(text: bytes, checksums: Sequence[int]) -> bytes:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Writer]:
-    """A `Writer` whose file takes the place of `path` at the end, whole or not at all.
-
-    It is first written beside `path` under one fixed name: what a killed process left there is
-    overwritten by the next.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield Writer(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A `Writer` whose file takes the place of `path` at the end, whole or not at all."""
+    with replacing(path) as file:
+        yield Writer(file)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,7 +114,9 @@ class Reader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._checked = False
         with open(path, "rb") as file:
+            self._opened = _identity(file)
             self.size = os.fstat(file.fileno()).st_size
             self.payload, length = self._lengths(file.read(_START))
             file.seek(_START + self.payload)
@@ -183,15 +179,49 @@ class Reader:
 
     @contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size != self.size:
+        with open(self.path, "rb", buffering=0) as file:
+            if _identity(file) != self._opened:
                 raise self.error("it has changed since it was opened")
             yield file
 
-    def read(self, file: IO[bytes], number: int, offset: int, length: int, what: str) -> bytes:
-        """The bytes of a record, its checksum compared."""
-        file.seek(_START + offset)
-        payload = file.read(length)
-        if len(payload) != length or zlib.crc32(payload) != self.checksums[number]:
+    def check(self, records: Iterable[tuple[int, int, str]]) -> None:
+        """Compare the checksums of all records, each given as offset, length and what it is called;
+        they are not compared again, as long as the file is not written to.
+        """
+        piece = memoryview(bytearray(_PIECE))
+        with self.open() as file:
+            for number, (offset, length, what) in enumerate(records):
+                file.seek(_START + offset)
+                checksum, left = 0, length
+                while left and (count := file.readinto(piece[:left])):  # type: ignore[attr-defined]
+                    checksum = zlib.crc32(piece[:count], checksum)
+                    left -= count
+                self._compare(number, checksum, left, what)
+        self._checked = True
+
+    def read(self, number: int, offset: int, lengths: Sequence[int], what: str) -> list[Tensor]:
+        """The bytes (uint8) of each field of a record, its checksum compared."""
+        found, checksum, left = [], 0, 0
+        with self.open() as file:
+            file.seek(_START + offset)
+            for length in lengths:
+                field = torch.empty(length, dtype=torch.uint8)
+                memory = field.numpy().data
+                while length and (count := file.readinto(memory[-length:])):  # type: ignore[attr-defined]
+                    length -= count
+                left += length
+                if not self._checked:
+                    checksum = zlib.crc32(memory, checksum)
+                found.append(field)
+        self._compare(number, self.checksums[number] if self._checked else checksum, left, what)
+        return found
+
+    def _compare(self, number: int, checksum: int, left: int, what: str) -> None:
+        if left or checksum != self.checksums[number]:
             raise self.error(f"{what}: the checksum is wrong, the stored bytes are damaged")
-        return payload
+
+
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    """Changes when the file is written to, or replaced."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

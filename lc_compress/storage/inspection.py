@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 
 from ..entropy import Entropy
 from ..metrics import table
+from ..modules import Packed
 from .container import FormatError
-from .records import PackedFile, Record
+from .index import Record
+from .records import PackedFile
 from .specs import known_types
 
 
@@ -133,18 +135,21 @@ def verify(path: str | os.PathLike[str], *, parts: Iterable[type] = ()) -> int:
         if record.part is None:
             file.tensors(record)
             continue
-        state = file.state(record)
+        packed = file.packed(record)
+        state = file.state(record, packed)
         for name, x in file.weights(record, state).items():
             if not bool(torch.isfinite(x).all()):
                 raise FormatError(f"{path}: {name}: the weights contain NaN or inf.")
-        _check_state(file, record, state)
+        _check_state(file, record, packed, state)
     return len(file.records)
 
 
-def _check_state(file: PackedFile, record: Record, state: Any) -> None:
+def _check_state(
+    file: PackedFile, record: Record, packed: Mapping[str, Packed], state: Any
+) -> None:
     """The state keeps its part's constraints, and is encoded to what is stored."""
-    assert record.part is not None
-    part, payloads = record.part, file.payloads(record)
+    part = record.part
+    assert part is not None
     if not file.attempt(record, lambda: part.admits(state)):
         raise FormatError(f"{file.path}: {record}: the state breaks a constraint of {part}.")
     fields = file.attempt(record, lambda: part.encode(state))
@@ -158,7 +163,7 @@ def _check_state(file: PackedFile, record: Record, state: Any) -> None:
         inner = stored.coding.inner if isinstance(stored.coding, Entropy) else stored.coding
         same = field.data.shape == stored.shape and field.coding == inner
         coding, data = stored.coding, field.data
-        if not same or coding.pack(data) != payloads[stored.name]:
+        if not same or coding.pack(data) != packed[stored.name].payload.numpy().tobytes():
             raise FormatError(
                 f"{file.path}: {record}, field {stored.name}: the stored bytes are not those that "
                 f"{record.part} writes."

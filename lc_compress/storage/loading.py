@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..modules import Materialize, Packed, PackedState, as_bytes, replace_modules
+from ..atomic import replacing
+from ..modules import Materialize, PackedState, replace_modules, replace_tensor
 from ..selection import clean, unwrap
-from .records import PackedFile, Record
+from .index import Record
+from .records import PackedFile
 from .specs import known_types
-from .tiles import fill
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,16 +88,15 @@ def load(
             _swap(inner, targets, file, record, materialize)
         if packed and copies.keys().isdisjoint(record.names):
             continue
-        arrays = file.arrays(record)
-        if not packed and _tiled(inner, targets, file, record, arrays):
-            (name,) = record.names
-            for alias in copies.get(name, ()):
-                _fill(inner, targets, alias, targets[name].detach())
-            continue
-        for name, x in file.tensors(record, arrays).items():
-            own = [] if packed else [name]
+        direct = None if packed else _direct(inner, targets, record)
+        if direct is not None:
+            file.fill(record, direct)
+        tensors = file.tensors(record) if direct is None else {record.names[0]: direct}
+        for name, x in tensors.items():
+            own = [] if packed or direct is not None else [name]
             for target in (*own, *copies.get(name, ())):
                 _fill(inner, targets, target, x)
+        del tensors  # before the next ones are read
     return model
 
 
@@ -114,8 +114,7 @@ def _swap(
                 f"load: {name} is {dtype} in {file.path}, {targets[name].dtype} in the model. With "
                 "materialize= they must be the same: cast the model afterwards."
             )
-    payloads = file.payloads(record)
-    arrays = {f.name: Packed(f.coding, f.shape, as_bytes(payloads[f.name])) for f in record.fields}
+    arrays = file.packed(record)
     raw = {clean(n): n for n, _ in model.named_parameters(remove_duplicate=False)}
     names = tuple(raw[name] for name in record.names)
     key = names[0] if len(names) == 1 else names
@@ -172,23 +171,15 @@ def _some(names: list[str]) -> str:
     return text if len(names) <= 4 else f"{text}, … ({len(names)})"
 
 
-@torch.no_grad()
-def _tiled(
-    model: nn.Module,
-    targets: dict[str, Tensor],
-    file: PackedFile,
-    record: Record,
-    arrays: Mapping[str, Tensor],
-) -> bool:
-    """Write Δ(θ) into the model's own tensor a few rows at a time; False where that cannot be."""
-    part = record.part
-    if part is None or len(record.names) > 1 or record.shape.numel() == 0:
-        return False
+def _direct(model: nn.Module, targets: dict[str, Tensor], record: Record) -> Tensor | None:
+    """The model's own tensor, where Δ(θ) can be written to it as it is."""
+    if record.part is None or len(record.names) > 1:
+        return None
     (name,), (dtype,) = record.names, record.dtypes
     if targets[name].dtype != dtype or targets[name].device.type not in ("cpu", "meta"):
-        return False
+        return None
     target = _made(model, targets, name).detach()
-    return file.attempt(record, lambda: fill(part, arrays, target))
+    return target if target.is_contiguous() else None
 
 
 @torch.no_grad()
@@ -208,14 +199,8 @@ def _made(model: nn.Module, targets: dict[str, Tensor], name: str) -> Tensor:
     target = targets[name]
     if not target.is_meta:
         return target
-    made = torch.empty_like(target, device="cpu", requires_grad=False)
-    if isinstance(target, nn.Parameter):
-        made = nn.Parameter(made, requires_grad=target.requires_grad)
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for key, x in own.items():
-                if x is target:
-                    own[key] = made  # type: ignore[assignment]
+    empty = torch.empty_like(target, device="cpu", requires_grad=False)
+    made = replace_tensor(model.modules(), target, empty)
     targets.update({other: made for other, x in targets.items() if x is target})
     return made
 
@@ -254,18 +239,10 @@ def to_dense(
                 offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    out = Path(target)
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        with open(temporary, "wb") as sink:
-            sink.write(len(text).to_bytes(8, "little") + text)
-            for record in file.records:
-                for name, x in file.tensors(record).items():
-                    data = x.contiguous().reshape(-1).view(torch.uint8).numpy()
-                    for _ in (name, *aliases.get(name, ())):
-                        sink.write(data.data)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(target)) as sink:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for record in file.records:
+            for name, x in file.tensors(record).items():
+                data = x.contiguous().reshape(-1).view(torch.uint8).numpy()
+                for _ in (name, *aliases.get(name, ())):
+                    sink.write(data.data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,9 +17,12 @@ from ..entropy import Entropy
 from ..lc import LC
 from ..modules import PackedModule, PackedWeight
 from ..part import Coding, Field, Part, all_finite
+from ..plain_data import dtype_name
+from ..scheduled import Scheduled
 from ..selection import clean, unwrap
+from ..views import joined
 from .container import Writer, writing
-from .records import describe_fields
+from .index import describe_fields
 from .specs import describe_part
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -43,7 +45,7 @@ class Compressed:
 
 
 def save(
-    source: LC | nn.Module,
+    source: LC | Scheduled | nn.Module,
     path: str | os.PathLike[str],
     *,
     uncompressed: torch.dtype | None = None,
@@ -55,8 +57,8 @@ def save(
     is in memory at a time. Tied tensors are stored once.
 
     Args:
-        source: an `LC`, whose model is stored as Δ(θ); or a module. Of the layers that `load` made
-            (`materialize=`) the packed parts are stored again.
+        source: an `LC` or a finished `Scheduled`, whose model is stored as Δ(θ); or a module. Of
+            the layers that `load` made (`materialize=`) the packed parts are stored again.
         path: the file; `docs/format.md` describes it.
         uncompressed: float16 or bfloat16, to round all other floating-point tensors to; None: as
             they are. Integers take the smallest type that holds them.
@@ -77,19 +79,19 @@ def save(
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {target.parent}. Make it first.")
-    if isinstance(source, LC):
+    if isinstance(source, LC | Scheduled):
         _check_run(source)
         model, tasks = unwrap(source.model), _tasks(source)
     elif isinstance(source, nn.Module):
         model = unwrap(source)
         tasks = _packed_layers(model)
     else:
-        raise TypeError(f"save takes an LC or a module, got {type(source).__name__}.")
+        raise TypeError(f"save takes an LC, a Scheduled or a module, got {type(source).__name__}.")
     with writing(target) as writer:
         _write(writer, model, tasks, uncompressed, entropy)
 
 
-def _check_run(lc: LC) -> None:
+def _check_run(lc: LC | Scheduled) -> None:
     """Refuse a model whose other tensors do not belong to Δ(θ)."""
     if lc.inside == "refine":
         raise RuntimeError("save inside lc.refine(): θ is brought up to date at its end.")
@@ -100,6 +102,8 @@ def _check_run(lc: LC) -> None:
                     f"save: {task.name} was changed after lc.finalize(), so the file would hold "
                     "another model. Train with lc.refine(), or save the module itself."
                 )
+    elif isinstance(lc, Scheduled):
+        raise RuntimeError("save: the plan is not done. Save after scheduled.finalize().")
     elif batchnorms(unwrap(lc.model)) and lc.inside != "compressed":
         raise RuntimeError(
             "save: the BatchNorm statistics still belong to w. Save after lc.finalize("
@@ -107,11 +111,11 @@ def _check_run(lc: LC) -> None:
         )
 
 
-def _tasks(lc: LC) -> Iterator[Compressed]:
+def _tasks(lc: LC | Scheduled) -> Iterator[Compressed]:
     for task in lc.tasks:
         shapes = tuple(p.shape for p in task.parameters)
-        fields = task.part.encode(task.state)
-        yield Compressed(task.names, shapes, task.parameters[0].dtype, task.part, fields)
+        dtype, part = task.parameters[0].dtype, task.part
+        yield Compressed(task.names, shapes, dtype, part, part.encode(task.state))
 
 
 def _packed_layers(model: nn.Module) -> Iterator[Compressed]:
@@ -121,9 +125,14 @@ def _packed_layers(model: nn.Module) -> Iterator[Compressed]:
         if isinstance(module, PackedModule) and module.packed not in seen:
             weight = module.packed
             seen.add(weight)
-            fields = {n: Field(x.unpack(), x.coding) for n, x in weight.arrays().items()}
             own = (clean(f"{name}.weight" if name else "weight"),)
-            yield Compressed(own, (weight.shape,), weight.stored_dtype, weight.part, fields)
+            yield Compressed(
+                own,
+                (weight.shape,),
+                weight.stored_dtype,
+                weight.part,
+                {n: Field(x.unpack(), x.coding) for n, x in weight.arrays().items()},
+            )
 
 
 def _write(
@@ -139,8 +148,8 @@ def _write(
     for task in tasks:
         label = ", ".join(task.names[:4])
         _check_finite(label, task.fields)
-        fields, payloads = _packed(label, task.fields, entropy)
-        writer.record(payloads.values())
+        fields, written = _packed(label, task.fields, entropy)
+        writer.record(written.values())
         spec = describe_part(task.part)
         if spec not in specs:
             specs.append(spec)
@@ -148,12 +157,13 @@ def _write(
             {
                 "names": list(task.names),
                 "shapes": [list(shape) for shape in task.shapes],
-                "dtype": _name(task.dtype),
+                "dtype": dtype_name(task.dtype),
                 "part": specs.index(spec),
-                "fields": describe_fields(fields, payloads, _joined(task.shapes)),
+                "fields": describe_fields(fields, written, joined(task.shapes)),
             }
         )
         done.update(task.names)
+        del task, fields, written  # before the next ones are made
     own, aliases = entries(model)
     rest: list[list[Any]] = []
     modules: dict[str, dict[str, Tensor]] = {}
@@ -163,22 +173,17 @@ def _write(
             modules.setdefault(module, {})[entry] = x
     for module, held in modules.items():
         described: list[list[Any]] = []
-        payloads = {}
+        payloads: dict[str, bytes] = {}
         for entry, x in held.items():
             name = f"{module}.{entry}" if module else entry
             field = {entry: _stored(name, x, uncompressed)}
             packed, payload = _packed(name, field, entropy and x.numel() >= _SMALL)
             payloads |= payload
             ((_, *how),) = describe_fields(packed, payload)
-            described.append([entry, _name(x.dtype), *how])
+            described.append([entry, dtype_name(x.dtype), *how])
         writer.record(payloads.values())
         rest.append([module, described])
     writer.finish({"parts": specs, "tensors": tensors, "rest": rest, "aliases": aliases})
-
-
-def _joined(shapes: tuple[torch.Size, ...]) -> torch.Size:
-    """The shape that a part sees."""
-    return shapes[0] if len(shapes) == 1 else torch.Size((sum(map(math.prod, shapes)),))
 
 
 def entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -191,7 +196,7 @@ def entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     first: dict[Any, str] = {}
     own: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    inside = []  # prefixes of packed weights
+    inside: list[str] = []  # prefixes of packed weights
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule):
             start = clean(f"{path}." if path else "")
@@ -199,9 +204,10 @@ def entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             name = f"{start}weight"
             if first.setdefault(module.packed, name) != name:
                 aliases[name] = first[module.packed]
+    packed = tuple(inside)
     for raw, x in model.state_dict(keep_vars=True).items():
         name = clean(raw)
-        if name.startswith(tuple(inside)):
+        if name.startswith(packed):
             continue
         if not isinstance(x, Tensor):
             raise ValueError(
@@ -272,8 +278,9 @@ def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     lost = int((torch.isfinite(x) & ~torch.isfinite(small)).sum())
     if lost:
         raise ValueError(
-            f"save: {lost} of {x.numel()} values of {name} are too large for {_name(dtype)} (up to "
-            f"{float(x.abs().max()):g}): save with uncompressed=torch.bfloat16 or None."
+            f"save: {lost} of {x.numel()} values of {name} are too large for "
+            f"{dtype_name(dtype)} (up to {float(x.abs().max()):g}): save with "
+            "uncompressed=torch.bfloat16 or None."
         )
     return small
 
@@ -286,7 +293,3 @@ def _smallest(x: Tensor) -> Coding:
         if limits.min <= low and high <= limits.max:
             return Raw(dtype)
     raise AssertionError
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,12 +20,16 @@ import torch
 
 from ..binary import Binary, Ternary
 from ..codebook import FixedCodebook, KMeans, PowersOfTwo
-from ..compose import Each, Over, Sum, Then
+from ..compose import Each, Over, QuantizedThenPruned, Sum, Then
+from ..fixed_point import FixedPoint
 from ..formats import Int
+from ..hbfp import HBFP
 from ..l1 import L1Ball, L1Penalty
 from ..low_rank import LowRank
+from ..mx import MX
 from ..nm import NM
 from ..part import Part, given
+from ..plain_data import FLOATS, as_dtype, dtype_name, short
 from ..rank_selection import RankSelection
 from ..scaled import ScaledCodebook
 from ..sparse import Sparse, SparsePenalty
@@ -35,15 +39,11 @@ from ..views import KernelMatrix, Matrix, Vector, View
 Spec = dict[str, Any]
 
 _OWN: tuple[type, ...] = (
-    *(Binary, Ternary, KMeans, FixedCodebook, PowersOfTwo, ScaledCodebook, Int),
+    *(Binary, Ternary, KMeans, FixedCodebook, PowersOfTwo, ScaledCodebook, Int, HBFP, MX),
     *(Sparse, SparsePenalty, L1Ball, L1Penalty, NM, BlockSparse, BlockPenalty, GroupL2Penalty),
-    *(LowRank, RankSelection, Sum, Then, Over, Each),
+    *(FixedPoint, LowRank, RankSelection, Sum, Then, QuantizedThenPruned, Over, Each),
     *(Vector, Matrix, KernelMatrix),
 )
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-}
 _DEEPEST = 32  # parts within parts
 
 
@@ -102,7 +102,7 @@ def _plain(value: Any, part: Any, name: str) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": dtype_name(value)}
     if isinstance(value, Part | View):
         return describe_part(value)
     if isinstance(value, tuple | list):  # torch.Size is a tuple
@@ -123,7 +123,7 @@ def built_part(spec: object, known: dict[str, type]) -> Part[Any]:
     """
     part = _built(spec, known, 0)
     if not isinstance(part, Part):
-        raise ValueError(f"{_short(spec)} is no part.")
+        raise ValueError(f"{short(spec)} is no part.")
     return part
 
 
@@ -132,17 +132,17 @@ def _built(spec: object, known: dict[str, type], depth: int) -> Any:
         raise ValueError(f"parts are nested more than {_DEEPEST} deep.")
     name = spec.get("type") if isinstance(spec, dict) else None
     if not isinstance(spec, dict) or not isinstance(name, str):
-        raise ValueError(f"a part is an object with a type, got {_short(spec)}.")
+        raise ValueError(f"a part is an object with a type, got {short(spec)}.")
     cls = known.get(name)
     if cls is None:
         raise ValueError(
-            f"unknown part {_short(name)}. Known are {', '.join(known)}; "
+            f"unknown part {short(name)}. Known are {', '.join(known)}; "
             "name the class of another with parts=[...]."
         )
     arguments = {str(f.name) for f in fields(cls) if f.init}
     unknown = set(spec) - arguments - {"type"}
     if unknown:
-        raise ValueError(f"{name} has no arguments {_short(sorted(unknown))}.")
+        raise ValueError(f"{name} has no arguments {short(sorted(unknown))}.")
     values = {key: _value(x, known, depth) for key, x in spec.items() if key != "type"}
     try:
         return cls(**values)
@@ -158,16 +158,10 @@ def _value(data: Any, known: dict[str, type], depth: int) -> Any:
     if not isinstance(data, dict):
         return data
     if set(data) == {"dtype"}:
-        dtype = _DTYPES.get(data["dtype"]) if isinstance(data["dtype"], str) else None
-        if dtype is None:
-            raise ValueError(f"unknown dtype {_short(data['dtype'])}.")
-        return dtype
+        found = as_dtype(data["dtype"], FLOATS)
+        if found is None:
+            raise ValueError(f"unknown dtype {short(data['dtype'])}.")
+        return found
     if set(data) == {"function"} and isinstance(data["function"], str):
         return NotStored(data["function"])
     return _built(data, known, depth + 1)
-
-
-def _short(data: object) -> str:
-    """`data` in a message, cut: a hostile header may hold anything."""
-    text = str(data)[:200] if isinstance(data, str) else repr(data)
-    return text if len(text) <= 80 else text[:77] + "..."

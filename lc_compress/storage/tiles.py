@@ -1,107 +1,186 @@
-"""Δ(θ) a few rows at a time, from the stored arrays: what fits in the cache is written once, and no
-second copy of the weights is made.
+"""Δ(θ) from the stored arrays, a few weights at a time: what fits in the cache is written once, and
+no second copy of the weights is made.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import singledispatch
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..binary import Binary, Ternary
 from ..blocks import Blocks
-from ..codebook import FixedCodebook, KMeans, PowersOfTwo
-from ..compose import Sum
+from ..coding import Raw
+from ..compose import Over, Sum, Then
 from ..compose.names import below
-from ..formats import Int
-from ..part import Part
-from ..scaled import ScaledCodebook
+from ..low_rank import LowRank
+from ..modules.coded import Coded
+from ..modules.packed import Packed
+from ..modules.terms import fast_terms, plain
+from ..part import Part, rounded
 from ..sparse import SparseForm
+from ..views import Matrix, Vector
 
 TILE = 1 << 19  # weights: fewer, and calls of Python cost more than what the cache saves
-_PER_BLOCK = ("scale", "zero")
+_ALIGNED = 40  # rows after which codes of all kinds begin a new byte
 
-Arrays: TypeAlias = Mapping[str, Tensor]
-Term: TypeAlias = tuple[Part[Any], Arrays]
+Arrays: TypeAlias = Mapping[str, Packed]
 
 
-def fill(part: Part[Any], arrays: Arrays, target: Tensor) -> bool:
-    """Write Δ(θ) to `target`, in the type that θ is of; False where the part is not made of rows.
+class Piecewise(Protocol):
+    """One term of Δ(θ): its weights from `start` on are written, or added, to `total`."""
+
+    def fill(self, total: Tensor, ready: Any, start: int) -> None: ...
+
+    def add_to(self, total: Tensor, ready: Any, start: int) -> None: ...
+
+
+@torch.no_grad()
+def fill(part: Part[Any], arrays: Arrays, target: Tensor) -> None:
+    """Write Δ(θ) to `target`, a contiguous tensor on the CPU, in the type that θ is of.
+
+    Codes are read from their packed bytes, sparse values are put to their places, and a product of
+    two factors is written to where it belongs. Other terms of a sum are rebuilt one by one as a
+    whole. The numbers are those of `part.reconstruct`.
 
     Raises:
         Exception: arrays that are no state, as `part.decode` finds.
     """
-    coded, sparse = _terms(part, arrays)
-    if coded is None or target.dim() == 0 or not target.is_contiguous():
+    shape, dtype, flat = target.shape, target.dtype, target.view(-1)
+    terms = [(part, arrays)]
+    if isinstance(part, Sum):
+        terms = [(p, below(i, arrays)) for i, p in enumerate(part.parts)]
+    exact = torch.promote_types(dtype, torch.float32)
+    written = dtype == exact and _multiplied(*terms[0], target)
+    found = [_piecewise(p, own, shape, dtype) for p, own in terms[written:]]
+    if not found:
+        return
+    row = max(1, math.prod(shape[1:]))
+    rows = max(1, TILE // row)
+    step = row * (rows - rows % _ALIGNED if rows > _ALIGNED else rows)
+    starts = range(0, flat.numel(), step)
+    ready = [term.prepare(exact) if isinstance(term, Coded) else None for term in found]
+    if dtype != exact:
+        memory = torch.empty(2, step, dtype=exact)
+        for start in starts:
+            piece = flat[start : start + step]
+            piece.copy_(_rounded_sum(found, ready, memory[:, : len(piece)], start, dtype))
+        return
+    for i, (term, prepared) in enumerate(zip(found, ready, strict=True)):
+        write = term.fill if i == 0 and not written else term.add_to
+        if isinstance(term, Coded):
+            for start in starts:
+                write(flat[start : start + step], prepared, start)
+        else:
+            write(flat, prepared, 0)
+
+
+def _rounded_sum(
+    found: list[Piecewise], ready: list[Any], memory: Tensor, start: int, dtype: torch.dtype
+) -> Tensor:
+    """The sum of terms that are each rounded to `dtype`; saturated where it is one."""
+    total, own = memory[0], memory[1]
+    for i, (term, prepared) in enumerate(zip(found, ready, strict=True)):
+        term.fill(own, prepared, start)
+        own.copy_(rounded(own, dtype, None))
+        if i:
+            total += own
+        else:
+            total.copy_(own)
+    return total
+
+
+def _multiplied(part: Part[Any], arrays: Arrays, target: Tensor) -> bool:
+    """Write the product of two factors to `target`, if that is what the part is."""
+    inner, shape = _behind(part, target.shape)
+    if not isinstance(inner, LowRank):
         return False
-    one, own = coded
-    cut = rows(one, own, target.shape)
-    if cut is None:
-        return False
-    step = max(1, TILE // max(1, math.prod(target.shape[1:])))
-    for start in range(0, target.shape[0], step):
-        piece = target[start : start + step]
-        state = one.decode(cut(start, start + len(piece)), piece.shape, target.dtype)
-        piece.copy_(one.reconstruct(state))
-    flat = target.view(-1)
-    for part, own in sparse:
-        state = part.decode(own, target.shape, target.dtype)
-        flat.index_add_(0, state.positions, state.values)
+    state = inner.decode({name: x.unpack() for name, x in arrays.items()}, shape, target.dtype)
+    torch.mm(state.left, state.right, out=target.view(shape))
     return True
 
 
-def _terms(part: Part[Any], arrays: Arrays) -> tuple[Term | None, list[Term]]:
-    """The first term, and the others if they are all sparse: so they are added in the order of the
-    sum.
-    """
-    if not isinstance(part, Sum):
-        return (part, arrays), []
-    terms: list[Term] = [(p, below(i, arrays)) for i, p in enumerate(part.parts)]
-    first, *others = terms
-    if not all(isinstance(p, SparseForm) for p, _ in others):
-        return None, []
-    return first, others
+def _behind(part: Part[Any], shape: torch.Size) -> tuple[Part[Any], torch.Size]:
+    """The part behind views that leave all weights in their order, and what it sees."""
+    while isinstance(part, Over) and isinstance(part.view, Vector | Matrix):
+        shape, part = part.view.shape(shape), part.part
+    return part, shape
 
 
-@singledispatch
-def rows(
-    part: Part[Any], arrays: Arrays, shape: torch.Size
-) -> Callable[[int, int], dict[str, Tensor]] | None:
-    """A function that cuts the arrays of a part down to some rows (first axis) of the weights, of
-    which they make a state of the same part; None where there is none.
-    """
-    return None
+def _piecewise(part: Part[Any], arrays: Arrays, shape: torch.Size, dtype: torch.dtype) -> Piecewise:
+    inner, seen = _behind(part, shape)
+    if isinstance(inner, SparseForm):
+        state = inner.decode({name: x.unpack() for name, x in arrays.items()}, seen, dtype)
+        return _Kept(state.positions, state.values, shape.numel())
+    if isinstance(inner, Then) and isinstance(inner.outer, SparseForm):
+        values = _kept_values(inner, arrays, dtype)
+        if values is not None:
+            return _Kept(arrays["positions"].unpack(), values, shape.numel())
+    codes = _codes(part, arrays, shape, dtype)
+    if codes is not None:
+        return codes
+    state = part.decode({name: x.unpack() for name, x in arrays.items()}, shape, dtype)
+    return _Whole(part.reconstruct(state).reshape(-1))
 
 
-@rows.register
-def _(
-    part: KMeans | FixedCodebook | PowersOfTwo, arrays: Arrays, shape: torch.Size
-) -> Callable[[int, int], dict[str, Tensor]] | None:
-    return _cut(arrays, shape, {"codes"})
-
-
-@rows.register
-def _(
-    part: Binary | Ternary | ScaledCodebook | Int, arrays: Arrays, shape: torch.Size
-) -> Callable[[int, int], dict[str, Tensor]] | None:
-    blocks: Blocks = part.blocks
-    if blocks.group is not None:
+def _codes(part: Part[Any], arrays: Arrays, shape: torch.Size, dtype: torch.dtype) -> Coded | None:
+    """The term of codes that this part is, if it can be read from its packed bytes."""
+    own = {name: plain(x) for name, x in arrays.items()}
+    for x in own.values():
+        if isinstance(x.coding, Raw) and torch.promote_types(x.coding.dtype, dtype) != dtype:
+            return None  # its numbers are to be rounded to those of the weights first
+    found = fast_terms(part, own, shape, dtype, None)
+    if not found or not isinstance(found[0], Coded):
         return None
-    per_row = {"positive", "signs", "codes"}
-    if blocks.axis is not None:
-        if blocks.axis % len(shape) != 0:
-            return None
-        per_row |= set(_PER_BLOCK)
-    return _cut(arrays, shape, per_row)
+    found[0].check()
+    return found[0]
 
 
-def _cut(
-    arrays: Arrays, shape: torch.Size, per_row: set[str]
-) -> Callable[[int, int], dict[str, Tensor]] | None:
-    if any(x.shape[:1] != shape[:1] for name, x in arrays.items() if name in per_row):
+def _kept_values(part: Then, arrays: Arrays, dtype: torch.dtype) -> Tensor | None:
+    """The values (k,) of kept weights from their codes, where no scale depends on their places."""
+    inner = part.inner
+    if getattr(inner, "blocks", Blocks()) != Blocks():
         return None
-    return lambda a, b: {name: x[a:b] if name in per_row else x for name, x in arrays.items()}
+    own = below("values", arrays) | below("values@positions", arrays)
+    count = torch.Size(arrays["positions"].shape)
+    codes = _codes(inner, own, count, dtype) if own and count.numel() else None
+    if codes is None:
+        return None
+    values = torch.empty(count, dtype=torch.promote_types(dtype, torch.float32))
+    codes.fill(values, codes.prepare(values.dtype), 0)
+    return rounded(values, dtype, None)
+
+
+class _Kept:
+    """values (k,) at ascending positions (k,) of `size` weights, 0 elsewhere."""
+
+    def __init__(self, positions: Tensor, values: Tensor, size: int) -> None:
+        self.positions, self.values, self.size = positions, values, size
+
+    def _inside(self, total: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        if start == 0 and len(total) == self.size:
+            return self.positions, self.values.to(total.dtype)
+        ends = torch.tensor([start, start + len(total)])
+        first, last = torch.searchsorted(self.positions, ends).tolist()
+        return self.positions[first:last] - start, self.values[first:last].to(total.dtype)
+
+    def fill(self, total: Tensor, ready: Any, start: int) -> None:
+        total.zero_().scatter_(0, *self._inside(total, start))
+
+    def add_to(self, total: Tensor, ready: Any, start: int) -> None:
+        total.index_add_(0, *self._inside(total, start))
+
+
+class _Whole:
+    """A term that only its part can rebuild."""
+
+    def __init__(self, delta: Tensor) -> None:
+        self.delta = delta
+
+    def fill(self, total: Tensor, ready: Any, start: int) -> None:
+        total.copy_(self.delta[start : start + len(total)])
+
+    def add_to(self, total: Tensor, ready: Any, start: int) -> None:
+        total.add_(self.delta[start : start + len(total)])
