@@ -291,6 +291,16 @@ def test_packed_files(tmp_path: Path) -> None:
     assert "Binary" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["order_networks", "order_lm"])
+def test_order(name: str, tmp_path: Path) -> None:
+    run(f"{name}.py", "--smoke", "--quiet", "--out", tmp_path)
+    stem = tmp_path / f"{name}_smoke"
+    assert sorted(x.name for x in tmp_path.iterdir()) == [
+        f"{stem.name}{suffix}" for suffix in (".json", ".png", ".svg")
+    ]
+    assert read(stem.with_suffix(".json"))
+
+
 def test_implicit(tmp_path: Path) -> None:
     done = run("implicit.py", "--smoke", "--quiet", "--out", tmp_path / "implicit.json")
     result = read(tmp_path / "implicit.json", ORIGIN)

@@ -1,0 +1,288 @@
+"""`orthogonality`: whether parts together cost more than their costs added up."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from ..metrics import _written, table
+
+Floats = npt.NDArray[np.float64]
+Values = Sequence[float] | Floats | float
+Verdict = Literal["orthogonal", "non-orthogonal", "inconclusive"]
+_FEW = 8  # below this, resampling sees too few values: a t interval
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Parts together. excess: how far the metric is beyond the threshold, positive where it is
+    worse, whichever direction is better.
+    """
+
+    name: str
+    metric: float
+    excess: Interval
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Metric of `second` minus that of `first`. noise: its interval contains 0."""
+
+    first: str
+    second: str
+    difference: Interval
+
+    @property
+    def noise(self) -> bool:
+        return self.difference.low <= 0 <= self.difference.high
+
+
+@dataclass(frozen=True)
+class Orthogonality:
+    """Threshold and verdicts. `print` it, write it as JSON, or draw it.
+
+    values: how many seeds or batches.   interval: how the intervals were made.
+    """
+
+    metric: str
+    higher_is_better: bool
+    values: int
+    interval: str
+    confidence: float
+    dense: float
+    parts: dict[str, float]
+    threshold: float
+    combined: tuple[Combined, ...]
+    differences: tuple[Difference, ...]
+
+    def dicts(self) -> dict[str, Any]:
+        """Everything as plain dictionaries."""
+        plain = asdict(self)
+        for entry, difference in zip(plain["differences"], self.differences, strict=True):
+            entry["noise"] = difference.noise
+        return plain
+
+    def json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """As JSON; also written to `path` if given."""
+        return _written(json.dumps(self.dicts(), indent=1), path)
+
+    def figure(self, path: str | os.PathLike[str]) -> None:
+        """Draw it, in the format of the path's suffix (.png, .svg, .pdf).
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from .figures import draw_orthogonality
+
+        draw_orthogonality(self, path)
+
+    def __str__(self) -> str:
+        direction = "higher" if self.higher_is_better else "lower"
+        rows = [("", "", self.metric, "excess", "interval")]
+        rows.append(("dense", "", f"{self.dense:.5g}", "", ""))
+        rows += [(name, "", f"{value:.5g}", "", "") for name, value in self.parts.items()]
+        rows.append(("threshold", "", f"{self.threshold:.5g}", "", ""))
+        for x in self.combined:
+            low, high = f"{x.excess.low:+.4g}", f"{x.excess.high:+.4g}"
+            cells = (f"{x.metric:.5g}", f"{x.excess.value:+.4g}", f"[{low}, {high}]")
+            rows.append((x.name, x.verdict, *cells))
+        for d in self.differences:
+            low, high = f"{d.difference.low:+.4g}", f"{d.difference.high:+.4g}"
+            verdict = "noise" if d.noise else "differs"
+            cells = ("", f"{d.difference.value:+.4g}", f"[{low}, {high}]")
+            rows.append((f"{d.second} − {d.first}", verdict, *cells))
+        return (
+            f"{self.metric}, {direction} is better; {self.confidence:.0%} intervals: "
+            f"{self.interval}. Excess over the threshold, positive: worse.\n{table(rows)}"
+        )
+
+
+def orthogonality(
+    metric: str,
+    *,
+    dense: Values,
+    parts: Mapping[str, Values],
+    combined: Mapping[str, Values],
+    higher_is_better: bool | None = None,
+    transform: Callable[[Floats], Floats] | None = None,
+    confidence: float = 0.95,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Orthogonality:
+    """Whether the harm of parts together exceeds the sum of their harms.
+
+        threshold = Σ EM(part) − (k − 1) EM(dense)      for k parts
+        excess    = EM(combined) − threshold, or its negative where higher is better
+
+    with the evaluation metric EM. *non-orthogonal*: the excess is above 0 with the whole interval.
+    *orthogonal*: below or at 0 with the whole interval. Otherwise *inconclusive*. Differences
+    between the combined ones, such as two orders, are called noise where their interval contains 0.
+
+    Values are those of seeds or of evaluation batches, paired by position: the i-th of every
+    sequence was measured with the same seed or on the same batch. All are resampled together. From
+    8 values on, intervals are BCa bootstrap intervals; with fewer, t intervals around jackknife
+    standard errors (for a mean, the usual t interval), since resampling a handful of values
+    understates their spread.
+
+    Args:
+        metric: its name, such as "perplexity".
+        dense: values of the uncompressed model. A number stands for one without spread.
+        parts: values of each part alone, {"S": ..., "Q": ...}. Q acts on weights and activations
+            where `combined` does.
+        combined: values of the parts together, {"S→Q": ..., "Q→S": ...}.
+        higher_is_better: accuracy: True; perplexity, error, loss: False. Must be given.
+        transform: applied to means: with losses per batch and `numpy.exp`, EM is the perplexity of
+            all batches, not a mean of perplexities.
+        confidence: of the intervals.
+        n_boot: resamples.
+        seed: of the resampling.
+
+    Raises:
+        TypeError: `higher_is_better` is not stated.
+        ValueError: no part or nothing combined, unequal lengths, fewer than 2 values, values that
+            are not finite, `confidence` or `n_boot` out of range.
+
+    Source: papers/sparsity-quantization-order.md, section 3 equation 12 and section 11.
+    """
+    if not isinstance(higher_is_better, bool):
+        raise TypeError(
+            f"orthogonality: is a higher {metric} better? Give higher_is_better=True (accuracy) or "
+            f"False (perplexity, error, loss), got {higher_is_better!r}."
+        )
+    if not parts or not combined:
+        raise ValueError("orthogonality: `parts` and `combined` need at least one entry each.")
+    if not 0 < confidence < 1 or n_boot < 100:
+        raise ValueError(
+            f"orthogonality: confidence must be in (0, 1), got {confidence}, and n_boot at least "
+            f"100, got {n_boot}."
+        )
+    sign, k = (-1 if higher_is_better else 1), len(parts)
+    columns = _columns({"dense": dense} | _named("part", parts) | _named("combined", combined))
+    count = columns.shape[1]
+    means = dict(zip(("dense", *parts, *combined), _metrics(columns, transform), strict=True))
+
+    def interval(coefficients: Sequence[float]) -> Interval:
+        return _interval(columns, np.array(coefficients), transform, confidence, n_boot, seed)
+
+    def unit(*signed: tuple[int, int]) -> list[float]:
+        return [dict(signed).get(i, 0) for i in range(len(combined))]
+
+    rows = []
+    for i, name in enumerate(combined):
+        excess = interval([sign * (k - 1), *[-sign] * k, *unit((i, sign))])
+        rows.append(Combined(name, means[name], excess, _verdict(excess)))
+    pairs = itertools.combinations(enumerate(combined), 2)
+    differences = tuple(
+        Difference(a, b, interval([0, *[0] * k, *unit((i, -1), (j, 1))]))
+        for (i, a), (j, b) in pairs
+    )
+    few = count < _FEW
+    return Orthogonality(
+        metric=metric,
+        higher_is_better=higher_is_better,
+        values=count,
+        interval=f"t, of {count} values" if few else f"BCa bootstrap, {n_boot} of {count} values",
+        confidence=confidence,
+        dense=means["dense"],
+        parts={name: means[name] for name in parts},
+        threshold=sum(means[name] for name in parts) - (k - 1) * means["dense"],
+        combined=tuple(rows),
+        differences=differences,
+    )
+
+
+def _verdict(excess: Interval) -> Verdict:
+    if excess.low > 0:
+        return "non-orthogonal"
+    return "orthogonal" if excess.high <= 0 else "inconclusive"
+
+
+def _named(kind: str, values: Mapping[str, Values]) -> dict[str, Values]:
+    return {f"{kind} {name!r}": x for name, x in values.items()}
+
+
+def _columns(named: Mapping[str, Values]) -> Floats:
+    """(series, values), numbers repeated."""
+    series = {name: np.asarray(x, dtype=np.float64) for name, x in named.items()}
+    counts = {name: len(x) for name, x in series.items() if x.ndim == 1}
+    deep = [name for name, x in series.items() if x.ndim > 1]
+    if deep:
+        raise ValueError(f"orthogonality: {deep[0]} must be one row of values or a number.")
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"orthogonality: values are paired by position and need equal lengths, got {counts}."
+        )
+    count = max(counts.values(), default=1)
+    if count < 2:
+        raise ValueError(
+            f"orthogonality: {count} value has no spread. Give at least 2 seeds or batches."
+        )
+    for name, x in series.items():
+        if not np.isfinite(x).all():
+            raise ValueError(f"orthogonality: {name} has NaN or inf: {x.tolist()}.")
+    return np.stack([np.broadcast_to(x, (count,)) for x in series.values()])
+
+
+def _metrics(columns: Floats, transform: Callable[[Floats], Floats] | None) -> list[float]:
+    means = columns.mean(axis=-1)
+    return [float(x) for x in (means if transform is None else transform(means))]
+
+
+def _interval(
+    columns: Floats,
+    coefficients: Floats,
+    transform: Callable[[Floats], Floats] | None,
+    confidence: float,
+    n_boot: int,
+    seed: int,
+) -> Interval:
+    """Of Σ coefficient · EM(series)."""
+
+    def statistic(*series: Floats, axis: int = -1) -> Floats:
+        means = np.stack([x.mean(axis=axis) for x in series])
+        means = means if transform is None else np.asarray(transform(means))
+        return np.tensordot(coefficients, means, axes=1)
+
+    value = float(statistic(*columns))
+    count = columns.shape[1]
+    without = np.array([float(statistic(*np.delete(columns, i, axis=1))) for i in range(count)])
+    spread = float(without.std())
+    if spread <= 1e-14 * max(1.0, abs(value)):  # all values agree: nothing to resample
+        return Interval(value, value, value)
+    if count < _FEW:
+        error = math.sqrt(count - 1) * spread  # jackknife
+        reach = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
+        return Interval(value, value - reach, value + reach)
+    found = stats.bootstrap(
+        tuple(columns),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=n_boot,
+        confidence_level=confidence,
+        method="BCa",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(value, float(found.low), float(found.high))
