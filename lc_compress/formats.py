@@ -205,14 +205,17 @@ class Int(Format[IntState]):
         return rounded(state.integers.to(scale.dtype) * spread, state.scale.dtype, None)
 
     def _codes(self, state: IntState) -> Tensor:
-        zero = self.blocks.spread(state.zero, state.integers.shape)
-        return state.integers.to(torch.int32) + zero.to(torch.int32)
+        wide = torch.int16 if self.width <= 8 else torch.int32
+        return state.integers.to(wide) + self.blocks.spread(
+            state.zero.to(wide), state.integers.shape
+        )
 
     def encode(self, state: IntState) -> dict[str, Field]:
         stored = self.value_dtype or state.scale.dtype
+        codes = self._codes(state).to(torch.uint8 if self.width <= 8 else torch.int32)
         fields = {
             "scale": Field(state.scale.to(stored), Raw(stored)),
-            "codes": Field(self._codes(state), Fixed(self.width), per_weight=True),
+            "codes": Field(codes, Fixed(self.width), per_weight=True),
         }
         if not self.symmetric:
             fields["zero"] = Field(state.zero, Fixed(self.width))

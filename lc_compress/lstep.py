@@ -227,6 +227,21 @@ class ImplicitHook(Hook):
                 torch._foreach_lerp_(own, targets, pull / (1 + pull))
 
 
+def _change(task: Task, rule: Rule) -> None:
+    """The rule on a task's gradient, which is that of the group where several tensors are one
+    task. A tensor that the loss did not reach counts as 0 there and gets no gradient.
+    """
+    reached = [p for p in task.parameters if p.grad is not None]
+    if not reached:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in task.parameters]
+    changed = rule(task.join(grads), task.join(task.current), task.state)
+    pieces = (changed,) if len(grads) == 1 else task.split(changed)
+    for p, piece in zip(task.parameters, pieces, strict=True):
+        if p.grad is not None:
+            p.grad.copy_(piece)
+
+
 class SumHook(Hook):
     """The loss gradient is taken at Δ(θ) and applied to w; a C step follows every `every` optimizer
     steps.
@@ -254,14 +269,15 @@ class SumHook(Hook):
             fill_gradients([p for task in self.tasks for p in task.parameters])
         for task in self.tasks:
             assert task.weights is not None
-            zipped = zip(task.parameters, task.weights, task.delta, task.multipliers, strict=True)
-            for p, w, delta, multiplier in zipped:
-                if p.grad is None:
-                    continue
-                if self.rule is not None:
-                    p.grad.copy_(self.rule(p.grad, w, task.state))
-                if self.mu > 0:
-                    p.grad.add_(w - delta, alpha=self.mu).sub_(multiplier)
+            if self.rule is not None:
+                _change(task, self.rule)
+            if self.mu > 0:
+                zipped = zip(
+                    task.parameters, task.weights, task.delta, task.multipliers, strict=True
+                )
+                for p, w, delta, multiplier in zipped:
+                    if p.grad is not None:
+                        p.grad.add_(w - delta, alpha=self.mu).sub_(multiplier)
         for task in self.tasks:  # last: the rule is the user's and may raise
             for p, w in zip(task.parameters, task.weights or (), strict=True):
                 p.copy_(w)
