@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..scheduled.inserting import carry
+from ..inserted import carry
 from .term import TILE
 from .weight import Dense, PackedWeight
 

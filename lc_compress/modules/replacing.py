@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..inserted import After, Before
 from ..part import Part
-from ..scheduled.inserting import After, Before
 from ..views import joined
 from .layers import Conv1d, Conv2d, Embedding, Linear, PackedModule
 from .packed import Packed, pack
