@@ -32,7 +32,7 @@ class ActivationPruner(Activation):
         kind, window: see above.
         shape: of one example; given by `insert`. "dynamic" does without.
 
-    Buffers: mask, or share () for "dynamic".
+    Buffers: mask, 0 or 1 (uint8: compiled loops over bool are slow), or share () for "dynamic".
 
     Raises:
         ValueError: an argument out of range; in `forward`, an input of another shape.
@@ -67,7 +67,7 @@ class ActivationPruner(Activation):
         super().bind(shape)
         if self.kind != "dynamic":
             own = shape if self.kind == "map" else (shape[0], *(1 for _ in shape[1:]))
-            self.register_buffer("mask", torch.ones(own, dtype=torch.bool))
+            self.register_buffer("mask", torch.ones(own, dtype=torch.uint8))
 
     @property
     def watches(self) -> bool:
@@ -84,7 +84,7 @@ class ActivationPruner(Activation):
         if self._fits(x.shape[1:]):
             if self.store is not None and self.training:
                 self._watch(x.detach())
-            return x * self.mask  # `torch.where` costs a compiled loop twice as much
+            return x * self.mask
         raise ValueError(
             f"ActivationPruner(kind={self.kind!r}) has a static mask for examples of shape "
             f"{tuple(self.shape)}, got {tuple(x.shape[1:])}. For inputs of several sizes use "
@@ -123,7 +123,7 @@ class ActivationPruner(Activation):
         self.seen = None
         count = sums.numel() - round(share * self.sparsity * sums.numel())
         self.mask.copy_(largest(sums, count))
-        pruned = sums[~self.mask]
+        pruned = sums[self.mask == 0]
         if pruned.numel() and not bool(pruned.any()):
             warnings.warn(
                 f"ActivationPruner prunes {pruned.numel()} of {sums.numel()} activations, which "
@@ -136,5 +136,5 @@ class ActivationPruner(Activation):
         if self.kind == "dynamic":
             now = float(self.share)
         else:
-            now = 0.0 if self.shape is None else float((~self.mask).double().mean())
+            now = 0.0 if self.shape is None else float((self.mask == 0).double().mean())
         return f"{self.sparsity:g}, {self.kind}, {now:.4g} pruned"

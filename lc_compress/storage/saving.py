@@ -257,8 +257,8 @@ def _stored(name: str, x: Tensor, uncompressed: torch.dtype | None) -> Field:
         raise ValueError(f"save: {name} is a meta tensor: it has a shape but no values.")
     if x.is_sparse or x.is_quantized or x.layout != torch.strided:
         raise ValueError(f"save: {name} is no plain dense tensor ({x.layout}).")
-    if x.dtype == torch.bool:
-        return Field(x, Fixed(1))
+    if x.dtype == torch.bool or (x.dtype == torch.uint8 and x.numel() and int(x.max()) < 2):
+        return Field(x, Fixed(1))  # masks
     if x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         x = x.contiguous().view(torch.uint8)
     if x.is_complex():
