@@ -176,19 +176,19 @@ class BlockScaled(Format[BlockScaledState]):
         _, length = Groups(self.block, self.axis).lines(shape)
         return Groups(min(self.block, length), self.axis)  # a short axis is not padded to a block
 
-    def _layout(self, shape: torch.Size) -> torch.Size:
+    def exponent_shape(self, shape: torch.Size) -> torch.Size:
         """Of the exponents."""
         axis, size = self.axis % len(shape), self._groups(shape).m
         return torch.Size((*shape[:axis], *shape[axis + 1 :], -(-shape[axis] // size)))
 
     def block_ids(self, shape: torch.Size, device: torch.device | None = None) -> Tensor:
-        groups, layout = self._groups(shape), self._layout(shape)
+        groups, layout = self._groups(shape), self.exponent_shape(shape)
         ids = torch.arange(layout.numel(), device=device)[:, None].expand(-1, groups.m)
         return groups.merge(ids, shape)
 
     def bits_per_element(self, shape: torch.Size, dtype: torch.dtype = torch.float32) -> float:
         shape = torch.Size(shape)
-        return self._width + _EXPONENT_BITS * self._layout(shape).numel() / shape.numel()
+        return self._width + _EXPONENT_BITS * self.exponent_shape(shape).numel() / shape.numel()
 
     def solve(
         self,
@@ -217,7 +217,7 @@ class BlockScaled(Format[BlockScaledState]):
         self, w: Tensor, x: Tensor, exponents: Tensor, rounding: Rounding
     ) -> BlockScaledState:
         codes = self._groups(w.shape).merge(self._codes(x, exponents, rounding), w.shape)
-        layout = exponents.to(torch.int16).view(self._layout(w.shape))
+        layout = exponents.to(torch.int16).view(self.exponent_shape(w.shape))
         return BlockScaledState(layout, codes.contiguous(), w.dtype)
 
     def _codes(self, x: Tensor, exponents: Tensor, rounding: Rounding) -> Tensor:
@@ -289,7 +289,7 @@ class BlockScaled(Format[BlockScaledState]):
     ) -> BlockScaledState:
         codes = arrays["codes"].reshape(shape).to(torch.uint8 if self._width <= 8 else torch.int32)
         exponents = arrays["exponents"].to(torch.int16) + self.first
-        state = BlockScaledState(exponents.reshape(self._layout(codes.shape)), codes, dtype)
+        state = BlockScaledState(exponents.reshape(self.exponent_shape(codes.shape)), codes, dtype)
         if not self.admits(state):
             raise ValueError(
                 f"{self}: damaged fields, exponents {int(exponents.min())} to "
@@ -300,7 +300,7 @@ class BlockScaled(Format[BlockScaledState]):
 
     def admits(self, state: BlockScaledState) -> bool:
         return (
-            state.exponents.shape == self._layout(state.codes.shape)
+            state.exponents.shape == self.exponent_shape(state.codes.shape)
             and bool((state.exponents >= self.first).all())
             and bool((state.exponents <= self.last).all())
             and int(self._magnitudes(state.codes).max()) <= self._element.top

@@ -111,6 +111,10 @@ class FixedPoint(Format[FixedPointState]):
     def scale_of_largest(self) -> bool:
         return False
 
+    def exponent_shape(self, shape: torch.Size) -> torch.Size:
+        """One exponent per block."""
+        return torch.Size((self.blocks.count(shape),))
+
     def block_ids(self, shape: torch.Size, device: torch.device | None = None) -> Tensor:
         ids = torch.arange(self.blocks.count(shape), device=device)
         return self.blocks.spread(ids, shape).expand(shape)

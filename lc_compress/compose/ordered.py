@@ -243,7 +243,7 @@ class QuantizedThenPruned(Part[ThenState]):
         return f"{self.format}.then({self.pruner}){mask} (no projection)"
 
     @property
-    def _product(self) -> Then:
+    def product(self) -> Then:
         """The same set of Δ, so the same state."""
         return Then(self.pruner, self.format)
 
@@ -258,27 +258,27 @@ class QuantizedThenPruned(Part[ThenState]):
         return ThenState(kept, {"values": inner})
 
     def reconstruct(self, state: ThenState) -> Tensor:
-        return self._product.reconstruct(state)
+        return self.product.reconstruct(state)
 
     def encode(self, state: ThenState) -> dict[str, Field]:
-        return self._product.encode(state)
+        return self.product.encode(state)
 
     def decode(
         self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
     ) -> ThenState:
-        return self._product.decode(arrays, shape, dtype)
+        return self.product.decode(arrays, shape, dtype)
 
     def ops(self, state: ThenState, positions: int = 1) -> Ops:
-        return self._product.ops(state, positions)
+        return self.product.ops(state, positions)
 
     def admits(self, state: ThenState) -> bool:
-        return self._product.admits(state)
+        return self.product.admits(state)
 
     def tunable(self, state: ThenState) -> dict[str, Tensor]:
-        return self._product.tunable(state)
+        return self.product.tunable(state)
 
     def with_tunable(self, state: ThenState, values: Mapping[str, Tensor]) -> ThenState:
-        return self._product.with_tunable(state, values)
+        return self.product.with_tunable(state, values)
 
 
 def then(outer: Part[Any], inner: Part[Any]) -> Part[Any]:

@@ -14,11 +14,13 @@ from typing import Any, TypeAlias
 import torch
 
 from ..binary import Binary, Ternary
+from ..block_scaled import BlockScaled
 from ..codebook import FixedCodebook, KMeans, PowersOfTwo
 from ..coding import Fixed, Radix, Raw, Support
-from ..compose import Each, Over, Sum, Then
+from ..compose import Each, Over, QuantizedThenPruned, Sum, Then
 from ..compose.names import below
 from ..entropy import Entropy
+from ..fixed_point import FixedPoint
 from ..formats import Int
 from ..low_rank import LowRank
 from ..modules.packed import Packed
@@ -109,6 +111,11 @@ def _check_range(name: str, x: Packed, limit: int) -> None:
 
 
 @check.register
+def _(part: BlockScaled | FixedPoint, arrays: Arrays, w: Weights) -> None:
+    _exactly(arrays, {}, {"codes": w.stored, "exponents": part.exponent_shape(w.shape)})
+
+
+@check.register
 def _(part: SparseForm, arrays: Arrays, w: Weights) -> None:
     given = arrays.get("positions")
     count = torch.Size() if given is None else torch.Size((math.prod(given.shape),))
@@ -178,6 +185,11 @@ def _(part: Then, arrays: Arrays, w: Weights) -> None:
         check(part.inner, mine, Weights(layout, layout))
         outer[name] = Packed(Raw(torch.float32), own, torch.empty(0))
     check(part.outer, outer, w)
+
+
+@check.register
+def _(part: QuantizedThenPruned, arrays: Arrays, w: Weights) -> None:
+    check(part.product, arrays, w)
 
 
 def _complete(arrays: Arrays, *groups: Arrays) -> None:
