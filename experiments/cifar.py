@@ -85,7 +85,8 @@ def slug(config: Config) -> str:
     kept = {k: v for k, v in asdict(config).items() if k not in LOCAL}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
     plain = config.scheme.replace(" + ", "+").replace(" > ", ">").replace(" ", "")
-    parts = (Path(config.network.partition(":")[0]).stem, plain, config.method)
+    name = config.network
+    parts = (Path(name.partition(":")[0]).stem if ".py:" in name else name, plain, config.method)
     text = "_".join([*parts, f"{config.epochs:g}ep", f"s{config.seed}", digest])
     return text.replace("%", "").replace("/", "-").replace(">", "-then-").replace(":", "of")
 
