@@ -17,6 +17,7 @@ from .part import Coding, check_value_dtype, working
 from .sparse import SparseForm, SparseState, gains, where
 
 _PAIRWISE = 32  # up to this m, comparing all pairs is faster than sorting
+_WIDEST, _MOST = 4096, 64  # m and n of groups whose positions are one number
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ class GroupSupport(Coding):
     If all groups are full (n positions, or as many as a shorter last group has), one number of
     ceil(log2 C(m, n)) bits each: the place of the group's n slots s₁ < s₂ < … among all choices,
     Σ_i C(s_i, i). A last group shorter than n is filled up with the slots that follow. Otherwise,
-    or where C(m, n) needs more than 62 bits, as `Support` writes them. Which of the two is known
-    from k. `unpack` returns int64.
+    or where C(m, n) needs more than 62 bits, m > 4096 or n > 64, as `Support` writes them. Which of
+    the two is known from k. `unpack` returns int64.
 
     Raises:
         ValueError: data that is not a support, or a payload that this coding has not written.
@@ -197,6 +198,8 @@ class GroupSupport(Coding):
 
     @property
     def _width(self) -> int:
+        if self.m > _WIDEST or self.n > _MOST:
+            return 63  # its table would be long: no number
         return (math.comb(self.m, self.n) - 1).bit_length()
 
     def _full(self, k: int) -> bool:

@@ -336,7 +336,7 @@ def decode_groups(shape: Shape, n: Any, m: Any, axis: Any, payload: bytes, k: in
     lines = size // length if length else 0
     width = (math.comb(m, n) - 1).bit_length()
     full = lines * (length // m * n + min(length % m, n))
-    if not 0 < width <= 62 or k != full:
+    if not 0 < width <= 62 or k != full or m > 4096 or n > 64:
         return decode_support(size, payload, k)
     per_line = -(-length // m)
     choices = codes(payload, lines * per_line, width)

@@ -902,3 +902,11 @@ def test_errors_of_whole_models() -> None:
         replace_modules(model, {"head.weight": tied, "embedding.weight": tied})
     with pytest.raises(ValueError, match=r"shape \(5, 6\), the model has \(2, 3, 2\)"):
         replace_modules(Mixed(), {"up.weight": entry})
+
+
+def test_an_embedding_refuses_indices_out_of_range() -> None:
+    plain, part = nn.Embedding(30, 4), KMeans(2)
+    packed = compress_module(plain, part, part.project(plain.weight.detach()), "never")
+    for index in (30, -1):
+        with pytest.raises(IndexError, match="30 rows got indices from"):
+            packed(torch.tensor([0, index]))

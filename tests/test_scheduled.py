@@ -48,6 +48,8 @@ from lc_compress.scheduled import (
     quantize_then_prune,
     together,
 )
+from lc_compress.storage.records import PackedFile
+from lc_compress.storage.specs import known_types
 
 WINDOW = 16
 X = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(9))
@@ -767,6 +769,9 @@ def test_a_trained_model_is_a_model(trained: tuple[Net, Scheduled]) -> None:
 def test_a_file_holds_activations_too(trained: tuple[Net, Scheduled], tmp_path: Path) -> None:
     model, run = trained
     save(run, tmp_path / "model.lc")
+    records = PackedFile(tmp_path / "model.lc", known_types()).records
+    (mask,) = [r for r in records if r.names[0] == "bn1.inserted_after.0.mask"]
+    assert mask.bits == 64  # of 4×4×4 values
     for materialize in (None, "never", "on_load"):
         again = load(tmp_path / "model.lc", ready(net()), materialize=materialize).eval()  # type: ignore[arg-type]
         assert isinstance(again.conv1, PackedModule) == (materialize is not None)

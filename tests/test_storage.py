@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -924,3 +925,61 @@ def test_a_view_between(tmp_path: Path) -> None:
     written(tmp_path / "x.lc", part, w, None)
     loaded = load(tmp_path / "x.lc", Holder(torch.zeros_like(w)))
     assert torch.equal(loaded.w, part.reconstruct(part.project(w)))
+
+
+# ------------------------------------------------------------------ packed and dense loads agree
+
+
+@pytest.mark.parametrize(
+    "part", [KMeans(3), FixedCodebook((-1.0, 0.5, 1.0)), Int(4, axis=0)], ids=str
+)
+@pytest.mark.parametrize("materialize", [None, "never", "on_load", "on_first_use"])
+def test_codes_out_of_range_are_refused_by_every_policy(
+    part: Part[Any], materialize: Any, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False))
+    lc = LC(model, {"0.weight": part}, schedule=[1.0])
+    lc.finalize()
+    save(lc, tmp_path / "good.lc")
+    file = PackedFile(tmp_path / "good.lc", known_types())
+    (record,) = file.records
+    start, body = container._START, (tmp_path / "good.lc").read_bytes()
+    payload = bytearray(body[start : start + file._reader.payload])
+    at = 0
+    for field in record.fields:
+        if field.name == "codes":
+            payload[at : at + field.bytes] = b"\xff" * field.bytes
+        at += field.bytes
+    forged(tmp_path / "good.lc", tmp_path / "bad.lc", lambda index: None, bytes(payload))
+    with pytest.raises(FormatError, match=r"0\.weight: the stored bytes are no"):
+        load(
+            tmp_path / "bad.lc", nn.Sequential(nn.Linear(6, 8, bias=False)), materialize=materialize
+        )
+
+
+def test_stored_nan_is_refused(tmp_path: Path) -> None:
+    lc = LC(nn.Linear(6, 8, bias=False), {"weight": Binary(axis=0)}, schedule=[1.0])
+    lc.finalize()
+    save(lc, tmp_path / "good.lc")
+    file = PackedFile(tmp_path / "good.lc", known_types())
+    payload = b""
+    for field in file.records[0].fields:
+        payload += (b"\xff" if field.name == "scale" else b"\x00") * field.bytes
+    forged(tmp_path / "good.lc", tmp_path / "bad.lc", lambda index: None, payload)
+    with pytest.raises(FormatError, match="field scale contains NaN or inf"):
+        load(tmp_path / "bad.lc", nn.Linear(6, 8, bias=False))
+
+
+def test_groups_of_millions_are_no_long_calculation() -> None:
+    coding = described(["groups", [4, 10], 2_000_000, 4_000_000, -1])
+    positions = torch.arange(40)
+    assert torch.equal(coding.unpack(coding.pack(positions), torch.Size([40])), positions)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.uint16], ids=str)
+def test_types_that_the_format_does_not_hold_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("odd", torch.zeros(2, dtype=dtype))
+    with pytest.raises(ValueError, match=r"odd is uint\d+, which the format does not hold"):
+        save(model, tmp_path / "model.lc")
+    assert not list(tmp_path.iterdir())

@@ -157,11 +157,19 @@ class Embedding(PackedModule):
         *("scale_grad_by_freq", "sparse"),
     )
     padding_idx: int | None
+    num_embeddings: int
 
     def forward(self, indices: Tensor) -> Tensor:
         form = self.packed.form()
         if isinstance(form, Dense):
             return F.embedding(indices, form.weight, self.padding_idx)
+        # as a dense one; in a graph, where values are not looked at, such indices give 0
+        if not torch.compiler.is_compiling() and indices.is_cpu and indices.numel():
+            low, high = (int(x) for x in indices.aminmax())
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(
+                    f"Embedding of {self.num_embeddings} rows got indices from {low} to {high}."
+                )
         dtype = self.packed.dtype
         rows = self.packed.reader(self.packed._terms(), dtype)
         total = None

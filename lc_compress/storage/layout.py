@@ -24,7 +24,7 @@ from ..fixed_point import FixedPoint
 from ..formats import Int
 from ..low_rank import LowRank
 from ..modules.packed import Packed
-from ..part import Coding, Part
+from ..part import Coding, Part, all_finite
 from ..rank_selection import RankSelection
 from ..scaled import ScaledCodebook
 from ..sparse import SparseForm
@@ -71,6 +71,9 @@ def _exactly(
         if (isinstance(coding, Raw) and coding.dtype.is_floating_point) != (name in floats):
             kind = "floating-point numbers" if name in floats else "integers"
             raise ValueError(f"field {name} is to hold {kind}, it is written by {x.coding}")
+        stored = name in floats and isinstance(x.coding, Raw) and x.payload.numel() > 0
+        if stored and not all_finite(x.unpack()):
+            raise ValueError(f"field {name} contains NaN or inf")
 
 
 def _inner(coding: Coding) -> Coding:

@@ -115,6 +115,7 @@ def _swap(
                 "materialize= they must be the same: cast the model afterwards."
             )
     arrays = file.packed(record)
+    file.check_weights(record, arrays)
     raw = {clean(n): n for n, _ in model.named_parameters(remove_duplicate=False)}
     names = tuple(raw[name] for name in record.names)
     key = names[0] if len(names) == 1 else names

@@ -13,7 +13,7 @@ from ..modules import Packed
 from .container import FormatError, Reader
 from .index import PER_BYTE, Record, parse
 from .layout import check_fields
-from .tiles import fill
+from .tiles import check, fill
 
 Made = TypeVar("Made")
 
@@ -96,6 +96,12 @@ class PackedFile:
         assert part is not None
         fields = self.packed(record)
         self.attempt(record, lambda: fill(part, fields, target))
+
+    def check_weights(self, record: Record, fields: Mapping[str, Packed]) -> None:
+        """Refuse the fields of a compressed task that are no state, without making its weights."""
+        part = record.part
+        assert part is not None
+        self.attempt(record, lambda: check(part, fields, record.shape, record.dtypes[0]))
 
     def tensors(self, record: Record) -> dict[str, Tensor]:
         """The model's tensors, Δ(θ) for a compressed task, on the CPU, by their names."""

@@ -17,7 +17,7 @@ from ..entropy import Entropy
 from ..lc import LC
 from ..modules import PackedModule, PackedWeight
 from ..part import Coding, Field, Part, all_finite
-from ..plain_data import dtype_name
+from ..plain_data import EVERY, dtype_name
 from ..scheduled import Scheduled
 from ..selection import clean, unwrap
 from ..views import joined
@@ -257,6 +257,8 @@ def _stored(name: str, x: Tensor, uncompressed: torch.dtype | None) -> Field:
         raise ValueError(f"save: {name} is a meta tensor: it has a shape but no values.")
     if x.is_sparse or x.is_quantized or x.layout != torch.strided:
         raise ValueError(f"save: {name} is no plain dense tensor ({x.layout}).")
+    if x.dtype not in EVERY:
+        raise ValueError(f"save: {name} is {dtype_name(x.dtype)}, which the format does not hold.")
     if x.dtype == torch.bool or (x.dtype == torch.uint8 and x.numel() and int(x.max()) < 2):
         return Field(x, Fixed(1))  # masks
     if x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):

@@ -49,9 +49,7 @@ def fill(part: Part[Any], arrays: Arrays, target: Tensor) -> None:
         Exception: arrays that are no state, as `part.decode` finds.
     """
     shape, dtype, flat = target.shape, target.dtype, target.view(-1)
-    terms = [(part, arrays)]
-    if isinstance(part, Sum):
-        terms = [(p, below(i, arrays)) for i, p in enumerate(part.parts)]
+    terms = _terms(part, arrays)
     exact = torch.promote_types(dtype, torch.float32)
     written = dtype == exact and _multiplied(*terms[0], target)
     found = [_piecewise(p, own, shape, dtype) for p, own in terms[written:]]
@@ -75,6 +73,27 @@ def fill(part: Part[Any], arrays: Arrays, target: Tensor) -> None:
                 write(flat[start : start + step], prepared, start)
         else:
             write(flat, prepared, 0)
+
+
+@torch.no_grad()
+def check(part: Part[Any], arrays: Arrays, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Refuse what `fill` refuses, without the weights.
+
+    Raises:
+        Exception: arrays that are no state, as `part.decode` finds.
+    """
+    for term, own in _terms(part, arrays):
+        inner, seen = _behind(term, shape)
+        if isinstance(inner, LowRank):
+            inner.decode({name: x.unpack() for name, x in own.items()}, seen, dtype)
+        else:
+            _piecewise(term, own, shape, dtype)
+
+
+def _terms(part: Part[Any], arrays: Arrays) -> list[tuple[Part[Any], Arrays]]:
+    if isinstance(part, Sum):
+        return [(p, below(i, arrays)) for i, p in enumerate(part.parts)]
+    return [(part, arrays)]
 
 
 def _rounded_sum(
