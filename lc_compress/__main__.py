@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
-        ("inspect", "a table per layer: parts, bits, ratio, bytes; and the totals"),
+        ("inspect", "a table per layer: parts, bits, ratio, bytes; totals (reads the index only)"),
         ("verify", "compare all checksums, and everything else that the format promises"),
         ("to-dense", "write the dense weights as a plain safetensors file"),
     ):
@@ -68,7 +69,7 @@ def _classes(names: Sequence[str]) -> list[type]:
         module, _, cls = name.partition(":")
         try:
             found.append(getattr(importlib.import_module(module), cls))
-        except (ImportError, AttributeError, ValueError) as cause:
+        except Exception as cause:  # the module is the caller's and may raise anything
             raise SystemExit(
                 _complain(f"--part {name}: {cause}. Give MODULE:CLASS.", USAGE)
             ) from None
@@ -82,6 +83,8 @@ def _complain(text: str, code: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the table's letters
+        sys.stdout.reconfigure(errors="replace")
     options = _parser().parse_args(argv)
     parts = _classes(options.part)
     try:

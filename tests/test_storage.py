@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -908,6 +910,24 @@ def test_usage(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     assert "examples:" in capsys.readouterr().out
+
+
+def test_a_module_that_fails_is_a_wrong_argument(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing_part.py").write_text("raise RuntimeError('broken')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", str(saved), "--part", "failing_part:X"])
+    assert caught.value.code == 2 and "broken" in capsys.readouterr().err
+
+
+def test_inspect_on_a_terminal_without_greek(saved: Path) -> None:
+    command = [sys.executable, "-m", "lc_compress", "inspect", str(saved)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and b"fc.weight" in done.stdout
 
 
 def test_third_party_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
