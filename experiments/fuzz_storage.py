@@ -5,8 +5,9 @@ off (checksums find these); and values in the index or bytes of the payload repl
 checksums made right again (only the checks of the reader find these). Each file is inspected,
 verified and loaded into a model. Counted as failures: another exception than the one for damaged
 files (or, where the index was changed, for files of another model), a changed model after a
-refusal by checksum or shape, damage that was not noticed, and a read that takes more than a second
-or 100 MB.
+refusal by checksum or shape, damage that was not noticed, a read that takes more than a second
+or 100 MB, and a load into packed layers (each policy in turn) that refuses what the dense load
+takes, takes what it refuses, or holds other weights.
 
 Then a process that saves two models in turn under one name is killed at random instants: each time
 the file must be whole, and one of the two.
@@ -41,10 +42,14 @@ from torch import nn
 from tqdm import tqdm
 
 from lc_compress import (
+    HBFP,
     LC,
+    MX,
     NM,
     Binary,
     BlockSparse,
+    FixedCodebook,
+    FixedPoint,
     Int,
     Joint,
     KernelMatrix,
@@ -59,11 +64,13 @@ from lc_compress import (
     constant,
     each,
 )
+from lc_compress.modules import to_dense
 from lc_compress.storage import FormatError, container, inspect, load, save, verify
 from lc_compress.storage.records import PackedFile
 from lc_compress.storage.specs import known_types
 
 RESULTS = Path(__file__).parent / "results" / "fuzz_storage.json"
+POLICIES = ("never", "on_load", "on_first_use")
 KINDS = ("byte", "cut", "doubled", "truncated", "index", "payload")
 
 
@@ -94,6 +101,15 @@ def corpus(folder: Path) -> list[Path]:
             Joint("re:(first|second).weight"): each(Binary()) + Sparse(density=0.1),
         },
         {"layers.*.weight": Binary() + Sparse(density=0.05)},
+        {
+            "conv.weight": HBFP(6, block=4),
+            "layers.0.weight": MX("e2m1", block=8) + LowRank(1),
+            "layers.1.weight": FixedPoint(5, axis=0),
+            "layers.2.weight": NM(2, 4).then(MX("int8", block=4)),
+            "layers.3.weight": Int(4, axis=0).then(Sparse(density=0.3)),
+            "layers.4.weight": Sparse(density=0.3).then(HBFP(4, block=8)),
+            "layers.5.weight": FixedCodebook((-0.3, 0.0, 0.3)),
+        },
     ]
     paths = []
     for i, plan in enumerate(plans):
@@ -192,6 +208,26 @@ def outcome(kind: str, path: Path, model: nn.Module) -> tuple[str, str]:
     return "another valid file", "" if signed else "damage was not noticed"
 
 
+def held_packed(path: Path, policy: Any, dense: nn.Module | None) -> str:
+    """What is wrong with loading into packed layers; `dense`: the model of the dense load, None if
+    that was refused.
+    """
+    try:
+        packed = load(path, Net(), materialize=policy)
+    except (FormatError, ValueError) as refusal:
+        fits = str(path) in str(refusal)
+        return "" if dense is None and fits else f"{policy} refused what dense loads: {refusal}"
+    except Exception as failure:
+        return f"{policy} crashed: {type(failure).__name__}: {failure}"
+    if dense is None:
+        return f"{policy} loaded what dense refuses"
+    plain = dict(to_dense(packed).named_parameters())
+    for name, x in dense.named_parameters():
+        if not torch.allclose(plain[name], x, rtol=1e-4, atol=1e-5, equal_nan=True):
+            return f"{policy} holds another {name}"
+    return ""
+
+
 def run(count: int, seed: int, quiet: bool) -> dict[str, Any]:
     rng = random.Random(seed)
     found: Counter[str] = Counter()
@@ -214,6 +250,8 @@ def run(count: int, seed: int, quiet: bool) -> dict[str, Any]:
             kept = [x.clone() for x in model.state_dict().values()]
             begin = time.process_time()
             end, wrong = outcome(kind, path, model)
+            dense = model if end == "another valid file" else None
+            wrong = wrong or held_packed(path, POLICIES[i // len(KINDS) % len(POLICIES)], dense)
             slowest = max(slowest, time.process_time() - begin)
             found[f"{kind}: {end}"] += 1
             changed = any(
