@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .evaluating import evaluating
 
 Calibration: TypeAlias = Iterable[Any] | Callable[[nn.Module], object]
 
@@ -41,16 +43,15 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
             statistics are then back.
     """
     norms = batchnorms(model)
-    modes = {module: module.training for module in model.modules()}
     momenta = {module: module.momentum for module in norms.values()}
     before = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in norms.items()}
     try:
-        model.eval()
-        for module in norms.values():
-            module.reset_running_stats()
-            module.momentum = None  # plain average
-            module.train()
-        _run(model, calibration)
+        with evaluating(model):
+            for module in norms.values():
+                module.reset_running_stats()
+                module.momentum = None  # plain average
+                module.train()
+            _run(model, calibration)
         seen = {n: m for n, m in norms.items() if int(_counted(m)) > 0}
         if norms and not seen:
             raise ValueError("Calibration got no batch: a loader that is not empty is needed.")
@@ -68,8 +69,6 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for any_module, training in modes.items():
-            any_module.training = training
 
 
 def _counted(module: _BatchNorm) -> Tensor:
@@ -82,13 +81,25 @@ def _run(model: nn.Module, calibration: Calibration) -> None:
     if callable(calibration):
         calibration(model)
         return
+    for _, args, kwargs in inputs(model, calibration):
+        model(*args, **kwargs)
+
+
+def inputs(
+    model: nn.Module, batches: Iterable[Any]
+) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any]]]:
+    """The number of each batch, from 1, and the arguments it is for the model, on its device.
+
+    Raises:
+        ValueError: a batch with NaN or inf.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for count, batch in enumerate(calibration, start=1):
+    for count, batch in enumerate(batches, start=1):
         if isinstance(batch, Mapping):
-            model(**{name: _checked(x, device, count) for name, x in batch.items()})
+            yield count, (), {name: _checked(x, device, count) for name, x in batch.items()}
         else:
             first = batch if isinstance(batch, Tensor) else batch[0]
-            model(_checked(first, device, count))
+            yield count, (_checked(first, device, count),), {}
 
 
 def _checked(x: Any, device: torch.device, count: int) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .evaluating import watched
 from .metrics import Report
 from .scheduled import ActivationPruner, ActivationQuantizer
 from .scheduled.watching import Activation
@@ -95,7 +96,6 @@ class _Output:
         return round(self.kept * self.width + self.extra)
 
 
-@torch.no_grad()
 def count_features(model: nn.Module, example_inputs: Any) -> Features:
     """Count the outputs of all layers without children, for one of the examples; what inserted
     modules leave of an output takes its place.
@@ -131,13 +131,5 @@ def count_features(model: nn.Module, example_inputs: Any) -> Features:
             handles.append(module.register_forward_hook(inserted))
         elif "inserted_" not in name and all("inserted_" in n for n in module._modules):
             handles.append(module.register_forward_hook(layer, prepend=True))
-    modes = {module: module.training for module in inner.modules()}
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    try:
-        inner.eval()(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    watched(inner, example_inputs, handles)
     return Features(sum(x.count for x in outputs), sum(x.bits for x in outputs))

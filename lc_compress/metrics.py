@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .atomic import replacing
+from .evaluating import watched
 from .part import Ops
 from .selection import clean, named_tensors, unwrap
 from .task import Task
@@ -82,7 +82,7 @@ class Report:
 
     def json(self, path: str | os.PathLike[str] | None = None) -> str:
         """As JSON; also written to `path` if given."""
-        return _written(json.dumps(self.dicts(), indent=1), path)
+        return written(json.dumps(self.dicts(), indent=1), path)
 
     def csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """As CSV; also written to `path` if given."""
@@ -90,7 +90,7 @@ class Report:
         writer = csv.DictWriter(out, (*_COLUMNS, *_COSTS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.dicts())
-        return _written(out.getvalue(), path)
+        return written(out.getvalue(), path)
 
     def __str__(self) -> str:
         header = (
@@ -139,7 +139,8 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+def written(text: str, path: str | os.PathLike[str] | None) -> str:
+    """`text`, which is also written to `path` if there is one."""
     if path is not None:
         with replacing(Path(path)) as file:
             file.write(text.encode())
@@ -249,22 +250,13 @@ def measure_positions(model: nn.Module, example_inputs: Any = None) -> dict[int,
         seen[id(module.weight)] = seen.get(id(module.weight), 0) + here  # may be used repeatedly
 
     seen: dict[int, int] = {}
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    batch = arguments[0].shape[0]
+    first = example_inputs[0] if isinstance(example_inputs, tuple) else example_inputs
+    batch = first.shape[0]
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     handles = [
         m.register_forward_hook(count, with_kwargs=True)
         for m in inner.modules()
         if isinstance(m, layers)
     ]
-    modes = {module: module.training for module in inner.modules()}
-    try:
-        inner.eval()
-        with torch.no_grad():
-            inner(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    watched(inner, example_inputs, handles)
     return seen

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm import Calibration, _checked
+from ..batchnorm import Calibration, inputs
+from ..evaluating import evaluating
 from ..number_format import Format
 from ..part import all_finite
 from .layers import Layer
@@ -234,18 +235,6 @@ def follow(
     )
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def calls(model: nn.Module, data: Calibration) -> Iterator[Callable[[], object]]:
     """For each batch, or for the calibration function, a call that runs the model on it.
 
@@ -255,14 +244,9 @@ def calls(model: nn.Module, data: Calibration) -> Iterator[Callable[[], object]]
     if callable(data):
         yield lambda: data(model)
         return
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for count, batch in enumerate(data, start=1):
-        if isinstance(batch, Mapping):
-            given = {name: _checked(x, device, count) for name, x in batch.items()}
-            yield partial(_call, partial(model, **given), count, list(given.values()))
-        else:
-            x = _checked(batch if isinstance(batch, Tensor) else batch[0], device, count)
-            yield partial(_call, partial(model, x), count, [x])
+    for count, args, kwargs in inputs(model, data):
+        given = [*args, *kwargs.values()]
+        yield partial(_call, partial(model, *args, **kwargs), count, given)
 
 
 def _call(run: Callable[[], object], count: int, inputs: Sequence[Any]) -> object:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from ..metrics import _written, table
+from ..metrics import table, written
 
 Floats = npt.NDArray[np.float64]
 Values = Sequence[float] | Floats | float
@@ -86,7 +86,7 @@ class Orthogonality:
 
     def json(self, path: str | os.PathLike[str] | None = None) -> str:
         """As JSON; also written to `path` if given."""
-        return _written(json.dumps(self.dicts(), indent=1), path)
+        return written(json.dumps(self.dicts(), indent=1), path)
 
     def figure(self, path: str | os.PathLike[str]) -> None:
         """Draw it, in the format of the path's suffix (.png, .svg, .pdf).

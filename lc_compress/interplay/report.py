@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm import Calibration
-from ..metrics import _written, table
+from ..metrics import table, written
 from ..nm import NM
 from ..number_format import Format
 from ..part import Part
@@ -60,7 +60,7 @@ class OrderReport:
 
     def json(self, path: str | os.PathLike[str] | None = None) -> str:
         """As JSON; also written to `path` if given."""
-        return _written(json.dumps(self.dicts(), indent=1), path)
+        return written(json.dumps(self.dicts(), indent=1), path)
 
     def figure(self, path: str | os.PathLike[str]) -> None:
         """Draw it, in the format of the path's suffix (.png, .svg, .pdf).

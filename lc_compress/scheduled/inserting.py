@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from ..evaluating import watched
 from ..inserted import After, Before, attach
 from ..selection import unwrap
 from .pruner import ActivationPruner
@@ -115,7 +115,6 @@ def _matched(
     return {name: modules for name, (_, modules) in found.items()}
 
 
-@torch.no_grad()
 def _seen(model: nn.Module, example_inputs: Any, places: list[tuple[str, Any]]) -> list[Tensor]:
     """The tensor at each place, for the examples."""
     seen: list[list[Any]] = [[] for _ in places]
@@ -128,16 +127,7 @@ def _seen(model: nn.Module, example_inputs: Any, places: list[tuple[str, Any]]) 
         else:
             see = lambda m, args, out, calls=calls: calls.append(out)  # noqa: E731
             handles.append(layer.register_forward_hook(see))
-    modes = {module: module.training for module in model.modules()}
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    try:
-        model.eval()
-        model(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    watched(model, example_inputs, handles)
     for calls, (name, _) in zip(seen, places, strict=True):
         if len(calls) != 1:
             raise ValueError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -140,8 +141,7 @@ def _piecewise(part: Part[Any], arrays: Arrays, shape: torch.Size, dtype: torch.
     codes = _codes(part, arrays, shape, dtype)
     if codes is not None:
         return codes
-    state = part.decode({name: x.unpack() for name, x in arrays.items()}, shape, dtype)
-    return _Whole(part.reconstruct(state).reshape(-1))
+    return _Whole(part, part.decode({name: x.unpack() for name, x in arrays.items()}, shape, dtype))
 
 
 def _codes(part: Part[Any], arrays: Arrays, shape: torch.Size, dtype: torch.dtype) -> Coded | None:
@@ -195,8 +195,12 @@ class _Kept:
 class _Whole:
     """A term that only its part can rebuild."""
 
-    def __init__(self, delta: Tensor) -> None:
-        self.delta = delta
+    def __init__(self, part: Part[Any], state: Any) -> None:
+        self.part, self.state = part, state
+
+    @cached_property
+    def delta(self) -> Tensor:
+        return self.part.reconstruct(self.state).reshape(-1)
 
     def fill(self, total: Tensor, ready: Any, start: int) -> None:
         total.copy_(self.delta[start : start + len(total)])
