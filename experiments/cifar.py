@@ -6,7 +6,7 @@ Nothing is chosen on test images: the last step counts.
 
 Run:      python experiments/cifar.py --data DIR --weights FILE --scheme "binary + sparse 2%"
           DIR: CIFAR-10's binary files.  FILE: the trained network, resnet20-12fca82f.th or your own
-          (--network FILE.py:factory).  --smoke: a few seconds on random data.
+          (--model FILE.py:factory --checkpoint FILE).  --smoke: a few seconds on random data.
 Results:  OUT/NAME.json (what `report.py` reads) and OUT/NAME.lc (the packed model). The run goes on
           from OUT/NAME.ckpt if it was interrupted.
 """
@@ -43,17 +43,17 @@ TRAIN_LOSS_IMAGES = 2_000
 LOCAL = ("data", "weights", "out", "name", "device")  # do not change what a run computes
 
 
-def said(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def said(default: Any, text: str, *also: str) -> Any:
+    return field(default=default, metadata={"help": text, "also": also})
 
 
 @dataclass(frozen=True)
 class Config:
     data: str = said("data", "folder with CIFAR-10's binary files")
-    weights: str = said("", "file of the trained network")
+    weights: str = said("", "file of the trained network", "--checkpoint")
     out: str = said("runs", "folder of the results")
     name: str = said("", "of the result; empty: made from the settings")
-    network: str = said("resnet20", "see networks.py, or FILE.py:factory")
+    network: str = said("resnet20", "see networks.py, or FILE.py:factory", "--model")
     scheme: str = said("binary + sparse 2%", "see schemes.py")
     method: str = said("lc-sum", ", ".join(METHODS))
     epochs: float = said(4.0, "of learning")

@@ -65,10 +65,11 @@ def cell(numbers: list[float], digits: int = 2) -> str:
 
 
 def row(group: list[Record]) -> list[str]:
-    """Direct compression, learned, refined, file ratio, bits per weight, seeds, minutes."""
+    """Errors of direct compression, learned, refined; loss of the last; size, seeds, minutes."""
     last = "refined" if "refined" in group[0]["points"] else "learned"
     return [
         *(cell(values(group, point, "test_error")) for point in ("direct", "learned", "refined")),
+        cell(values(group, last, "train_loss"), 3),
         cell(values(group, last, "bits_per_weight")[:1]),
         cell(values(group, last, "file_ratio")[:1]),
         str(len(group)),
@@ -76,7 +77,8 @@ def row(group: list[Record]) -> list[str]:
     ]
 
 
-HEADER = ["direct", "learned", "refined", "bits per weight", "file ratio", "seeds", "minutes"]
+HEADER = ["direct", "learned", "refined", "training loss"]
+HEADER += ["bits per weight", "file ratio", "seeds", "minutes"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -120,6 +122,32 @@ def densities(folder: Path, networks: tuple[str, ...], wanted: int) -> str:
                 epochs = f"{group[0]['config']['epochs']:g}"
                 rows.append([name, epochs, reference, *row(group)])
     return table(["network, floats", "epochs", "reference", *HEADER], rows)
+
+
+def trend(folder: Path) -> str:
+    """ResNet20, one bit + 2 %, gradient at Δ(θ): what more epochs bring."""
+    rows = []
+    for group in groups(runs(folder / "cifar")):
+        config = group[0]["config"]
+        if (config["network"], config["scheme"]) != ("resnet20", DENSITIES["2 %"]):
+            continue
+        if config["method"] == "lc-sum" and config["distill"] == 0:
+            error = values(group, "refined" if config["refine"] else "learned", "test_error")
+            rows.append((config["epochs"], error, "`cifar.py`, 50 000 images, 16-bit values"))
+    study = folder / "cifar_resnet20_study_sum_4epochs.json"
+    whole = folder / "cifar_resnet20.json"
+    if study.is_file():
+        content = json.loads(study.read_text(encoding="utf-8"))
+        error = [content["result"]["lc_error"]]
+        name = "`cifar_resnet.py`, 45 000 images, 32-bit values"
+        rows.append((content["config"]["epochs"], error, name))
+    if whole.is_file():
+        run = json.loads(whole.read_text(encoding="utf-8"))["sum"]
+        name = "`cifar_resnet.py`, 50 000 images, 32-bit values"
+        rows.append((run["epochs"], run["lc_errors"], name))
+    rows.sort(key=lambda r: r[0])
+    lines = [[f"{e:g}", cell(error), str(len(error)), name] for e, error, name in rows]
+    return table(["epochs", "test error", "seeds", "script"], lines)
 
 
 def schemes(folder: Path, network: str, epochs: float) -> str:

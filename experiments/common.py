@@ -51,18 +51,20 @@ def write(path: Path, content: object) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, config: Any) -> None:
-    """An option for every field of a dataclass; `config` has the defaults."""
+    """An option for every field of a dataclass; `config` has the defaults. A field's metadata may
+    have its "help" and other names of it, "also".
+    """
     for field in fields(config):
         value = getattr(config, field.name)
-        name = f"--{field.name.replace('_', '-')}"
+        names = [f"--{field.name.replace('_', '-')}", *field.metadata.get("also", ())]
         shown = f"{field.metadata.get('help', '')} ({value!r})".replace("%", "%%")
         if isinstance(value, bool):
             parser.add_argument(
-                name, action=argparse.BooleanOptionalAction, default=value, help=shown
+                *names, action=argparse.BooleanOptionalAction, default=value, help=shown
             )
         else:
             parser.add_argument(
-                name, type=type(value), default=value, help=shown.replace("%", "%%")
+                *names, type=type(value), default=value, dest=field.name, help=shown
             )
 
 

@@ -190,6 +190,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "experiments/README.md": {
         "claims": claims,
         "densities": lambda f: cifar_tables.densities(f / "cifar", NETWORKS, 12),
+        "trend": cifar_tables.trend,
         "schemes, resnet20": lambda f: cifar_tables.schemes(f / "cifar", "resnet20", 1),
         "methods, resnet20": lambda f: cifar_tables.methods(f / "cifar", "resnet20", 1),
         "schemes, vgg16/4": lambda f: cifar_tables.schemes(f / "cifar", "vgg16/4", 1),

@@ -55,9 +55,10 @@ def jobs(options: list[str], out: str) -> list[Job]:
     Raises:
         SystemExit: an option or a value that cifar.py does not have.
     """
-    known = {f"--{f.name.replace('_', '-')}" for f in fields(cifar.Config)} | {
-        f"--no-{f.name.replace('_', '-')}" for f in fields(cifar.Config)
-    }
+    known = {"--model", "--checkpoint"}
+    for f in fields(cifar.Config):
+        name = f.name.replace("_", "-")
+        known |= {f"--{name}", f"--no-{name}"}
     axes: list[list[tuple[str, ...]]] = []
     for word in options:
         if word.startswith("--"):

@@ -153,7 +153,7 @@ def test_a_network_of_the_users(run: Any, tmp_path: Path) -> None:
         "                         nn.Linear(4, 10))\n"
     )
     out = tmp_path / "out"
-    record = run("--network", f"{file}:make", "--scheme", "kmeans 2", "--epochs", "0.2", out=out)
+    record = run("--model", f"{file}:make", "--scheme", "kmeans 2", "--epochs", "0.2", out=out)
     assert [layer["name"] for layer in record["layers"]] == ["0.weight", "3.weight"]
     for text, message in ((f"{file}:other", "has no function 'other'"), ("no.py:f", "is missing")):
         with pytest.raises(SystemExit, match=message):
@@ -198,7 +198,7 @@ def test_missing_files(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         cifar.main([*argv, "--weights", str(file)])
     file.write_bytes(b"no weights")
     with pytest.raises(SystemExit, match="does not hold the weights of resnet20"):
-        cifar.main([*argv, "--weights", str(file)])
+        cifar.main([*argv, "--model", "resnet20", "--checkpoint", str(file)])
     torch.save({"state_dict": networks.network("resnet20").state_dict()}, file)
     with pytest.raises(SystemExit, match=r"data_batch_1\.bin is missing.*cifar-10-binary"):
         cifar.main([*argv, "--weights", str(file)])
