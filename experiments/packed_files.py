@@ -6,9 +6,12 @@ with it. Beside it the entropy bound: signs at their entropy, positions at log2 
 supports, the upper bits of the floats at their entropy within the layer and the lower ones as they
 are, uncompressed tensors and the header as stored.
 Loading: linear layers of 28 million weights, from the warm file cache into the dense weights of a
-model, against reading the dense float32 file into fresh memory, `open(...).read()`; CPU seconds of
-one thread, the best of some repeats, in turn. How fast that reads depends on the machine's memory
-(here between 0.5 and 2.5 ns a weight), so each row states its own.
+model, against reading the dense float32 file into memory that the process did not have before,
+`open(...).read()`, as any program does that reads a file; wall time with PyTorch's threads, the
+best of some repeats in turn, the median over three processes. Beside it the two ways that only
+copy: into memory that is there already (`readinto`), and safetensors' `load_file` with
+`load_state_dict`. For low rank the product of the factors alone is there too: no reader can do
+without it.
 Memory: of saving and loading, the peak beyond what the process held, in layers; freed arrays are
 given back to the system at once (a fixed threshold of `malloc`), so that is what was in use.
 
@@ -22,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +38,7 @@ import torch
 from bench_c_step import forget_peak, memory
 from common import origin, write
 from networks import ResNet
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lc_compress import LC, Binary, Int, KMeans, LowRank, Part, Sparse, Ternary, constant
@@ -180,40 +185,70 @@ def written(part: Part[Any], model: Stack, path: Path) -> LC:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    begin = time.process_time()
+    begin = time.perf_counter()
     call()
-    return time.process_time() - begin
+    return time.perf_counter() - begin
 
 
-def loading(name: str, layers: int, width: int, repeats: int, folder: Path) -> dict[str, Any]:
+def stored(name: str, layers: int, width: int, folder: Path) -> None:
+    """The packed file and the dense one of a stack."""
+    written(LOADED[name], stack(layers, width), folder / "stack.lc")
+    to_dense(folder / "stack.lc", folder / "stack.safetensors")
+
+
+def timed(name: str, layers: int, width: int, repeats: int, folder: Path) -> dict[str, float]:
+    """Nanoseconds a weight of one process."""
     path, dense = folder / "stack.lc", folder / "stack.safetensors"
-    model = stack(layers, width)
-    written(LOADED[name], model, path)
-    del model
-    to_dense(path, dense)
     target = stack(layers, width)
+    memory = memoryview(bytearray(dense.stat().st_size))
 
     def read() -> None:
         with open(dense, "rb") as file:
             file.read()
 
-    times: dict[str, list[float]] = {"read": [], "load": []}
+    def read_again() -> None:
+        with open(dense, "rb", buffering=0) as file:
+            done = 0
+            while done < len(memory):
+                done += file.readinto(memory[done:])
+
+    ways: dict[str, Callable[[], object]] = {
+        "read": read,
+        "read_again": read_again,
+        "load_file": lambda: target.load_state_dict(load_file(dense)),
+        "load": lambda: load(path, target),
+    }
+    if "LowRank" in name:
+        rank = 96 * width // 1536
+        factors = torch.randn(width, rank), torch.randn(rank, width)
+        product = torch.empty(width, width)
+        ways["products"] = lambda: [torch.mm(*factors, out=product) for _ in range(layers)]
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(3 * repeats):  # in turn, for what else the machine does
-        times["read"].append(seconds(read))
-        times["load"].append(seconds(lambda: load(path, target)))
-    per_weight = {key: 1e9 * min(x) / (layers * width * width) for key, x in times.items()}
-    ratio = per_weight["load"] / per_weight["read"]
+        for way, call in ways.items():
+            times[way].append(seconds(call))
+    return {way: 1e9 * min(x) / (layers * width * width) for way, x in times.items()}
+
+
+def loading(name: str, layers: int, width: int, repeats: int, folder: Path) -> dict[str, Any]:
+    shape = [layers, width]
+    apart(["stored", name, *shape, str(folder)])
+    runs = [apart(["timed", name, *shape, repeats, str(folder)], threads=0) for _ in range(3)]
+    ns = {way: statistics.median(run[way] for run in runs) for way in runs[0]}
+    ratios = [run["load"] / run["read"] for run in runs]
+    ratio = statistics.median(ratios)
     print(
-        f"{name:28}{ratio:6.2f} times the dense file, {per_weight['load']:.2f} ns a weight against "
-        f"{per_weight['read']:.2f}"
+        f"{name:28}{ratio:6.2f} times reading the dense file, {ns['load'] / ns['read_again']:.2f} "
+        "times copying it; ns a weight: " + ", ".join(f"{way} {x:.2f}" for way, x in ns.items())
     )
     return {
         "part": name,
-        "dense_bytes": dense.stat().st_size,
-        "bytes": path.stat().st_size,
-        "load_nanoseconds_per_weight": per_weight["load"],
-        "read_nanoseconds_per_weight": per_weight["read"],
+        "dense_bytes": (folder / "stack.safetensors").stat().st_size,
+        "bytes": (folder / "stack.lc").stat().st_size,
+        "nanoseconds_per_weight": ns,
         "ratio": ratio,
+        "ratios": ratios,
+        "ratio_to_copying": ns["load"] / ns["read_again"],
         "at_most_4": ratio <= LIMIT,
     }
 
@@ -240,9 +275,11 @@ def peaks(name: str, layers: int, width: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def apart(job: list[Any]) -> Any:
-    """A job in a process of its own, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def apart(job: list[Any], threads: int = 1) -> Any:
+    """A job in a process of its own, with so many threads; 0: as many as PyTorch takes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if not threads:
+        del environment["OMP_NUM_THREADS"]
     if job[0] == "peaks":
         environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)  # glibc would raise it by itself
     command = [sys.executable, __file__, "--job", json.dumps(job)]
@@ -261,10 +298,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds; the sizes mean nothing")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    layers, width, repeats = (3, 64, 2) if options.smoke else (12, 1536, 5)
+    layers, width, repeats = (3, 64, 2) if options.smoke else (12, 1536, 3)
     if options.job:
         kind, name, *shape, folder = options.job
-        call = {"loading": loading, "peaks": peaks}[kind]
+        call: Callable[..., Any] = {"stored": stored, "timed": timed, "peaks": peaks}[kind]
         print(json.dumps(call(name, *shape, Path(folder))))
         return
     begin = time.perf_counter()
@@ -272,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(name)
         found = sizes(options.weights, folder)
         chosen = list(LOADED)[:1] if options.smoke else list(LOADED)
-        loaded = [apart(["loading", x, layers, width, repeats, name]) for x in chosen]
+        loaded = [loading(x, layers, width, repeats, folder) for x in chosen]
         held = [apart(["peaks", x, layers, width, name]) for x in chosen]
     for row in held:
         print(

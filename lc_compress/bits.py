@@ -179,6 +179,31 @@ def _unpack_wide(stored: Codes, count: int, width: int) -> Codes:
     return codes.reshape(-1)[:count]
 
 
+def below(limit: int, width: int, stored: Codes) -> bool:
+    """Whether all codes of 2 or 4 bits in the bytes (n,), uint8, are below `limit`, 1 … 2**width.
+
+    Adding 2**width − limit to every other code carries into the bit above it where it is not.
+    """
+    words = np.zeros(_WORDS, np.uint64)
+    codes = range(0, 64, 2 * width)
+    lanes, carried = (np.uint64(sum(x << at for at in codes)) for x in (2**width - 1, 2**width))
+    missing = np.uint64(sum((2**width - limit) << at for at in codes))
+    for start in range(0, len(stored), 8 * _WORDS):
+        piece = stored[start : start + 8 * _WORDS]
+        words[-1 - len(piece) // 8 :] = 0  # what the last bytes do not fill
+        words.view(np.uint8)[: len(piece)] = piece
+        lower = words & lanes
+        upper = words >> np.uint64(width)
+        upper &= lanes
+        lower += missing
+        upper += missing
+        lower |= upper
+        lower &= carried
+        if lower.any():
+            return False
+    return True
+
+
 def numel(coding: Coding, shape: torch.Size) -> int:
     """Entries of an array of this shape; refuses a negative length."""
     if any(length < 0 for length in shape):

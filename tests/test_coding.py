@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lc_compress import bits
 from lc_compress.bits import look_up
 from lc_compress.coding import Fixed, Radix, Raw, Support
 from lc_compress.part import Coding
@@ -464,3 +465,22 @@ def test_rows_of_a_table(width: int, dtype: type) -> None:
         rows = np.zeros((count, width), dtype)
         look_up(table, stored, rows)
         assert np.array_equal(rows, table[stored])
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_codes_below_a_limit(width: int) -> None:
+    """At every end of a word and of a piece, for every limit, with one code too many or none."""
+    rng = np.random.default_rng(0)
+    per_byte, piece = 8 // width, 8 * bits._WORDS
+    for n in (0, 1, 7, 8, 9, piece, piece + 3):
+        for limit in range(1, 2**width + 1):
+            codes = rng.integers(0, limit, n * per_byte).astype(np.uint8)
+            stored = np.frombuffer(bits.pack_codes(codes, width), np.uint8)
+            assert bits.below(limit, width, stored)
+            if limit == 2**width or n == 0:
+                continue
+            for place in (0, -1, int(rng.integers(codes.size))):
+                wrong = codes.copy()
+                wrong[place] = limit
+                stored = np.frombuffer(bits.pack_codes(wrong, width), np.uint8)
+                assert not bits.below(limit, width, stored)

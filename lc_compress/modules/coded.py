@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..bits import check_payload
+from ..bits import below, check_payload
 from ..blocks import Blocks
 from ..coding import Fixed, Radix
 from .packed import Packed
@@ -134,6 +134,8 @@ class Coded(Term):
         if most <= self.limit or count == 0:
             return
         if isinstance(coding, Fixed) and coding.width in (2, 4):
+            if below(self.limit, coding.width, stored.cpu().numpy()):
+                return
             shifts, width = range(0, 8, coding.width), coding.width
             largest = max(
                 int((piece >> shift).bitwise_and_(2**width - 1).max())
