@@ -285,7 +285,8 @@ def apart(job: list[Any], threads: int = 1) -> Any:
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     *lines, last = done.stdout.splitlines()
-    print("\n".join(lines))
+    if lines:
+        print("\n".join(lines))
     return json.loads(last)
 
 
