@@ -904,6 +904,22 @@ def test_errors_of_whole_models() -> None:
         replace_modules(Mixed(), {"up.weight": entry})
 
 
+def test_a_refused_replacement_changes_nothing() -> None:
+    """A dense write comes before the layer that is refused for its hook."""
+    model = Mixed()
+    up, hooked = model.up.weight, nn.Linear(6, 5)
+    model.hooked = hooked
+    hooked.register_forward_hook(lambda *_: None)
+    part, before = Binary(), up.detach().clone()
+    entries = {
+        "up.weight": (part, solved(part, up.detach() + 1)),
+        "hooked.weight": (part, solved(part, weights((5, 6)))),
+    }
+    with pytest.raises(ValueError, match=r"hooked\.weight: Linear has hooks"):
+        replace_modules(model, entries)
+    assert model.up.weight is up and torch.equal(up, before) and model.hooked is hooked
+
+
 def test_an_embedding_refuses_indices_out_of_range() -> None:
     plain, part = nn.Embedding(30, 4), KMeans(2)
     packed = compress_module(plain, part, part.project(plain.weight.detach()), "never")

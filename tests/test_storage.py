@@ -456,6 +456,101 @@ def test_tied_here_but_not_there(tmp_path: Path) -> None:
         load(tmp_path / "untied.lc", Net())
 
 
+def _as_before(model: nn.Module) -> Callable[[], None]:
+    """Asserts that a model has the modules, tensors and values that it has now."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = model.state_dict(keep_vars=True)
+    values = {name: x.detach().clone() for name, x in tensors.items()}
+
+    def compare() -> None:
+        now = dict(model.named_modules(remove_duplicate=False))
+        assert now.keys() == modules.keys() and all(now[n] is modules[n] for n in now)
+        found = model.state_dict(keep_vars=True)
+        assert found.keys() == tensors.keys() and all(found[n] is tensors[n] for n in found)
+        assert all(torch.equal(x, values[n]) for n, x in found.items())
+
+    return compare
+
+
+def _late_dtype(model: Net) -> None:
+    model.embedding.weight.data = model.embedding.weight.data.double()
+
+
+def _late_hook(model: Net) -> None:
+    model.embedding.register_forward_hook(lambda *_: None)
+
+
+def _late_option(model: Net) -> None:
+    model.embedding.max_norm = 1.0
+
+
+def _late_kind(model: Net) -> None:
+    model.mask = torch.zeros(5)
+
+
+def _late_memory(model: Net) -> None:
+    model.bn.running_var = torch.ones(1).expand(8)
+
+
+@pytest.mark.parametrize("materialize", [None, *POLICIES])
+@pytest.mark.parametrize(
+    ("change", "cause", "dense"),
+    [
+        (_late_dtype, "embedding.weight is torch.float32", False),
+        (_late_hook, "embedding.weight: Embedding has hooks", False),
+        (_late_option, "embedding.weight: Embedding with max_norm=1.0", False),
+        (_late_kind, "mask is torch.bool .* torch.float32 here", True),
+        (_late_memory, "bn.running_var is an expanded tensor", True),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(
+    change: Callable[[Net], None], cause: str, dense: bool, materialize: Any, saved: Path
+) -> None:
+    """What the last layer is refused for is found before the first is changed."""
+    model = Net(seed=1)
+    change(model)
+    if materialize is None and not dense:
+        load(saved, model)
+        return
+    unchanged = _as_before(model)
+    with pytest.raises(ValueError, match=cause):
+        load(saved, model, materialize=materialize)
+    unchanged()
+
+
+@pytest.mark.parametrize("materialize", POLICIES)
+def test_forged_bytes_leave_the_model_as_it_was(
+    materialize: Any, saved: Path, tmp_path: Path
+) -> None:
+    file = PackedFile(saved, known_types())
+    start, body = container._START, saved.read_bytes()
+    payload = bytearray(body[start : start + file._reader.payload])
+    (record,) = (r for r in file.records if r.names == ("embedding.weight",))
+    assert record.number > 0
+    at = record.offset
+    for field in record.fields:
+        if field.name == "codes":
+            payload[at : at + field.bytes] = b"\xff" * field.bytes
+        at += field.bytes
+    forged(saved, tmp_path / "bad.lc", lambda index: None, bytes(payload))
+    model = Net(seed=1)
+    unchanged = _as_before(model)
+    with pytest.raises(FormatError, match=r"embedding\.weight: the stored bytes are no"):
+        load(tmp_path / "bad.lc", model, materialize=materialize)
+    unchanged()
+
+
+@pytest.mark.parametrize("materialize", POLICIES)
+def test_a_compressed_buffer_is_dense_in_every_policy(materialize: Any, saved: Path) -> None:
+    model = Net(seed=1)
+    weight = model.fc.weight.detach()
+    del model.fc.weight
+    model.fc.register_buffer("weight", weight)
+    load(saved, model, materialize=materialize)
+    assert type(model.fc) is nn.Linear and type(model.conv) is not nn.Conv2d
+    assert torch.equal(model.fc.weight, load(saved, Net(seed=2)).fc.weight)
+
+
 def test_runs_that_are_not_finished(tmp_path: Path) -> None:
     path = tmp_path / "x.lc"
     lc = LC(Net(), TASKS, schedule=constant(1.0, 1))

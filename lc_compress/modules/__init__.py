@@ -14,6 +14,7 @@ from .packed import Packed as Packed
 from .packed import as_bytes as as_bytes
 from .packed import pack as pack
 from .replacing import PackedState as PackedState
+from .replacing import check_replaceable as check_replaceable
 from .replacing import compress_module as compress_module
 from .replacing import replace_modules as replace_modules
 from .replacing import replace_tensor as replace_tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from .weight import Materialize, PackedWeight
 KINDS: dict[type[nn.Module], type[PackedModule]] = {
     kind.plain: kind for kind in (Linear, Conv1d, Conv2d, Embedding)
 }
+
+Users: TypeAlias = dict[nn.Parameter, list[tuple[nn.Module, str]]]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -80,32 +82,16 @@ def replace_modules(
         materialize: as `compress_module`.
 
     Raises:
-        ValueError: no such parameter; the weight of `model` itself; as `compress_module`.
+        ValueError: no such parameter; the weight of `model` itself; as `compress_module`. Unless it
+            is a state that fits no weights of this shape, nothing is changed then.
     """
+    users = check_replaceable(model, weights)
     named = dict(model.named_parameters(remove_duplicate=False))
-    for name in (n for names in weights for n in _tuple(names)):
-        if name not in named:
-            raise ValueError(f"No parameter named {name!r}. The model has: {sorted(named)}.")
-    if type(model) in KINDS:
-        raise ValueError(
-            f"{type(model).__name__} cannot be replaced in place: use `compress_module`."
-        )
-    users: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                users.setdefault(p, []).append((module, name))
     swapped: dict[nn.Module, nn.Module] = {}
-    done: set[nn.Parameter] = set()
     for names, (part, state) in weights.items():
         own = [named[name] for name in _tuple(names)]
-        if done.intersection(own):
-            raise ValueError(f"{names} is a weight that is given under another name, too.")
-        done.update(own)
         owners = users[own[0]]
-        if len(own) == 1 and all(type(m) in KINDS and name == "weight" for m, name in owners):
-            for module, _ in owners:
-                _check(module)
+        if _held_packed(own, users):
             packed = _packed([m for m, _ in owners], part, state, materialize)
             swapped |= {m: KINDS[type(m)](m, packed) for m, _ in owners}
         else:
@@ -115,6 +101,45 @@ def replace_modules(
             if child in swapped:
                 parent._modules[name] = swapped[child]
     return model
+
+
+def check_replaceable(model: nn.Module, weights: Iterable[str | tuple[str, ...]]) -> Users:
+    """Refuse what `replace_modules` refuses for weights of these names, before anything is changed;
+    which modules use each parameter, and as what.
+
+    Raises:
+        ValueError: as `replace_modules`, whatever the parts and states are.
+    """
+    if type(model) in KINDS:
+        raise ValueError(
+            f"{type(model).__name__} cannot be replaced in place: use `compress_module`."
+        )
+    named = dict(model.named_parameters(remove_duplicate=False))
+    users: Users = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                users.setdefault(p, []).append((module, name))
+    done: set[nn.Parameter] = set()
+    for names in weights:
+        for name in _tuple(names):
+            if name not in named:
+                raise ValueError(f"No parameter named {name!r}. The model has: {sorted(named)}.")
+        own = [named[name] for name in _tuple(names)]
+        if done.intersection(own):
+            raise ValueError(f"{names} is a weight that is given under another name, too.")
+        done.update(own)
+        if _held_packed(own, users):
+            for module, _ in users[own[0]]:
+                _check(module, f"{names}: ")
+    return users
+
+
+def _held_packed(own: list[nn.Parameter], users: Users) -> bool:
+    """Whether all that use these parameters can hold them packed."""
+    if len(own) > 1:
+        return False
+    return all(type(module) in KINDS and name == "weight" for module, name in users[own[0]])
 
 
 def unpack_all(model: nn.Module) -> nn.Module:
@@ -150,20 +175,21 @@ def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _check(module: nn.Module) -> None:
+def _check(module: nn.Module, label: str = "") -> None:
     """Refuse what a packed module would silently do otherwise."""
     own = (hook for hooks in _HOOKS for hook in getattr(module, hooks).values())
     if not all(isinstance(hook, Before | After) for hook in own):
         raise ValueError(
-            f"{type(module).__name__} has hooks, which a packed module would not have. Remove them "
-            "first (a hook that computes the weight, by `remove_weight_norm` or the like)."
+            f"{label}{type(module).__name__} has hooks, which a packed module would not have. "
+            "Remove them first (a hook that computes the weight, by `remove_weight_norm` or the "
+            "like)."
         )
     if isinstance(module, nn.Embedding):
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, option):
                 raise ValueError(
-                    f"Embedding with {option}={getattr(module, option)} cannot be packed: the "
-                    f"option acts on a weight that is trained. Set it to "
+                    f"{label}Embedding with {option}={getattr(module, option)} cannot be packed: "
+                    f"the option acts on a weight that is trained. Set it to "
                     f"{None if option == 'max_norm' else False}."
                 )
 
@@ -186,7 +212,7 @@ def _packed(
 @torch.no_grad()
 def _write_dense(
     own: list[nn.Parameter],
-    users: Mapping[nn.Parameter, Iterable[tuple[nn.Module, str]]],
+    users: Users,
     part: Part[Any],
     state: Any,
 ) -> None:

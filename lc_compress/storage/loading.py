@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import replacing
-from ..modules import Materialize, PackedState, replace_modules, replace_tensor
+from ..modules import Materialize, PackedState, check_replaceable, replace_modules, replace_tensor
 from ..selection import clean, unwrap
 from .index import Record
 from .records import PackedFile
@@ -46,9 +46,12 @@ def load(
 ) -> Model:
     """Read a packed file into `model`, which is returned.
 
-    Executes no code of the file. All checksums, names and shapes are compared before anything is
-    changed; then tensor by tensor is decoded on the CPU and copied into the model's own, in the
-    model's type and on its device.
+    Executes no code of the file. All checksums, names, shapes, types and hooks are checked before
+    anything is changed: a model that is refused is as it was. Then tensor by tensor is decoded on
+    the CPU and copied into the model's own, in the model's type and on its device. (Bytes that no
+    `save` wrote, forged together with their checksum, are refused before any change with
+    `materialize`; without, which decodes once only, at their tensor, when those before it are read.
+    `verify` reads such a file without a model.)
 
     Args:
         path: a file that `save` wrote.
@@ -77,15 +80,19 @@ def load(
     inner = unwrap(model)
     targets = _matched(file, inner)
     file.check()
+    raw = _parameters(inner) if materialize is not None else {}
+    kept = {r.number for r in file.records if r.part is not None and raw.keys() >= set(r.names)}
+    _check(file, inner, targets, raw, kept)
     copies: dict[str, list[str]] = {}  # tied in the file, but not in the model
     for alias, first in file.aliases.items():
         if targets[alias] is not targets[first]:
             copies.setdefault(first, []).append(alias)
     for record in file.records:
-        packed = materialize is not None and record.part is not None
+        packed = record.number in kept
         if packed:
-            assert materialize is not None
-            _swap(inner, targets, file, record, materialize)
+            assert materialize is not None and record.part is not None
+            arrays = PackedState(file.packed(record))
+            replace_modules(inner, {_key(record, raw): (record.part, arrays)}, materialize)
         if packed and copies.keys().isdisjoint(record.names):
             continue
         direct = None if packed else _direct(inner, targets, record)
@@ -100,30 +107,60 @@ def load(
     return model
 
 
-def _swap(
+def _check(
+    file: PackedFile,
     model: nn.Module,
     targets: Mapping[str, Tensor],
-    file: PackedFile,
-    record: Record,
-    materialize: Materialize,
+    raw: Mapping[str, str],
+    kept: Set[int],
 ) -> None:
-    """The layers that use a compressed weight hold it packed; where they cannot, it is dense."""
-    for name, dtype in zip(record.names, record.dtypes, strict=True):
-        if targets[name].dtype != dtype:
+    """Refuse, before anything is changed, what could not be read into the model.
+
+    raw: what the model calls its parameters.   kept: records that are held packed where they can.
+
+    Raises:
+        FormatError, ValueError: see `load`.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for record in file.records:
+        for name, dtype in zip(record.names, record.dtypes, strict=True):
+            dtypes[name] = dtype
+            if record.number in kept and targets[name].dtype != dtype:
+                raise ValueError(
+                    f"load: {name} is {dtype} in {file.path}, {targets[name].dtype} in the model. "
+                    "With materialize= they must be the same: cast the model afterwards."
+                )
+    dtypes |= {alias: dtypes[first] for alias, first in file.aliases.items()}
+    for name, dtype in dtypes.items():
+        target = targets[name]
+        if (target.is_complex(), target.is_floating_point()) != (
+            dtype.is_complex,
+            dtype.is_floating_point,
+        ):
+            raise ValueError(f"load: {name} is {dtype} in {file.path}, {target.dtype} here.")
+        if 0 in target.stride() and target.numel() > 1:
             raise ValueError(
-                f"load: {name} is {dtype} in {file.path}, {targets[name].dtype} in the model. With "
-                "materialize= they must be the same: cast the model afterwards."
+                f"load: {name} is an expanded tensor: several of its entries are one number. Give "
+                "the model a tensor of its own (`.clone()`)."
             )
-    arrays = file.packed(record)
-    file.check_weights(record, arrays)
-    raw = {clean(n): n for n, _ in model.named_parameters(remove_duplicate=False)}
-    names = tuple(raw[name] for name in record.names)
-    key = names[0] if len(names) == 1 else names
-    assert record.part is not None
     try:
-        replace_modules(model, {key: (record.part, PackedState(arrays))}, materialize)
-    except Exception as cause:
-        raise ValueError(f"{file.path}: {record}: {cause}") from cause
+        if kept:
+            check_replaceable(model, [_key(r, raw) for r in file.records if r.number in kept])
+    except ValueError as cause:
+        raise ValueError(f"{file.path}: {cause}") from cause
+    if kept:
+        for record in file.records:
+            file.check_record(record)
+
+
+def _parameters(model: nn.Module) -> dict[str, str]:
+    """The names of the model's parameters by those in files."""
+    return {clean(n): n for n, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def _key(record: Record, raw: Mapping[str, str]) -> str | tuple[str, ...]:
+    names = tuple(raw[name] for name in record.names)
+    return names[0] if len(names) == 1 else names
 
 
 def _matched(file: PackedFile, model: nn.Module) -> dict[str, Tensor]:
@@ -186,12 +223,6 @@ def _direct(model: nn.Module, targets: dict[str, Tensor], record: Record) -> Ten
 @torch.no_grad()
 def _fill(model: nn.Module, targets: dict[str, Tensor], name: str, value: Tensor) -> None:
     """Copy into the model's own tensor."""
-    target = targets[name]
-    if (target.is_complex(), target.is_floating_point()) != (
-        value.is_complex(),
-        value.is_floating_point(),
-    ):
-        raise ValueError(f"load: {name} is {value.dtype} in the file, {target.dtype} here.")
     _made(model, targets, name).copy_(value)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..coding import Raw
 from ..modules import Packed
 from .container import FormatError, Reader
 from .index import PER_BYTE, Record, parse
@@ -102,6 +103,17 @@ class PackedFile:
         part = record.part
         assert part is not None
         self.attempt(record, lambda: check(part, fields, record.shape, record.dtypes[0]))
+
+    def check_record(self, record: Record) -> None:
+        """Refuse a record that cannot be read although its checksum is right, without making its
+        weights.
+        """
+        fields = self.packed(record)
+        if record.part is not None:
+            self.check_weights(record, fields)
+            return
+        coded = [x for x in fields.values() if not isinstance(x.coding, Raw)]  # those always can
+        self.attempt(record, lambda: [x.unpack() for x in coded])
 
     def tensors(self, record: Record) -> dict[str, Tensor]:
         """The model's tensors, Δ(θ) for a compressed task, on the CPU, by their names."""
