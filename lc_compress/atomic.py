@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,22 +11,29 @@ from typing import IO
 
 
 @contextmanager
-def replacing(path: Path, check: Callable[[Path], object] | None = None) -> Iterator[IO[bytes]]:
+def replacing(
+    path: Path, check: Callable[[Path], object] | None = None, *, owned: bool = False
+) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` at the end of the block, once it is on the disk.
 
-    It is first written beside `path` under one fixed name: what a killed process left there is
-    overwritten by the next. After an exception `path` is as before.
+    It is first written beside `path`, as "<name>.<8 random digits>.unfinished": no other file is
+    touched, and two processes that write one `path` at once do not meet. After an exception `path`
+    is as before, and that file is gone; a killed process leaves it.
 
     Args:
         path: where the file is to be; its folder exists.
         check: called with the path of the written file; what it raises keeps the old file.
+        owned: nobody else writes here, time and again, as a run its checkpoints: the name is always
+            "<name>.tmp", so that what a killed process left is overwritten by the next.
 
     Raises:
         OSError: no room, or no permission.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    ending = "tmp" if owned else f"{secrets.token_hex(4)}.unfinished"
+    temporary = path.with_name(f"{path.name}.{ending}")
+    file = open(temporary, "wb" if owned else "xb")
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -202,7 +202,8 @@ def _gathered(own: Mapping[str, Any]) -> list[Any]:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
-        with replacing(path, check=partial(_load, mmap=True)) as file:  # not only at the resume
+        check = partial(_load, mmap=True)  # not only at the resume
+        with replacing(path, check, owned=True) as file:
             torch.save(content, file)
     except (pickle.PickleError, AttributeError, TypeError) as cause:  # how pickle refuses
         raise TypeError(

@@ -597,6 +597,13 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_saving_leaves_other_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "net.lc.tmp").write_bytes(b"mine")
+    save(compressed(), tmp_path / "net.lc")
+    assert (tmp_path / "net.lc.tmp").read_bytes() == b"mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"net.lc", "net.lc.tmp"}
+
+
 @pytest.mark.parametrize("where", ["record", "finish", "replace"])
 def test_saving_is_whole_or_nothing(
     where: str, saved: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,7 +53,8 @@ def save(
 ) -> None:
     """Write a model as one file: θ of its compressed weights, and the rest of its state dict.
 
-    The file takes the place of `path` at the end, whole or not at all. Beyond the model, one task
+    The file takes the place of `path` at the end, whole or not at all (a killed process may leave
+    "<name>.<8 digits>.unfinished" beside it). Beyond the model, one task
     is in memory at a time. Tied tensors are stored once.
 
     Args:
