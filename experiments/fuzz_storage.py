@@ -1,13 +1,12 @@
 """Damaged and hostile packed files: each is refused by name, and nothing else happens.
 
-Mutations of files with every kind of part, in equal shares: bytes changed, cut out, doubled or cut
-off (checksums find these); and values in the index or bytes of the payload replaced, with all
-checksums made right again (only the checks of the reader find these). Each file is inspected,
-verified and loaded into a model. Counted as failures: another exception than the one for damaged
-files (or, where the index was changed, for files of another model), a changed model after a
-refusal by checksum or shape, damage that was not noticed, a read that takes more than a second
-or 100 MB, and a load into packed layers (each policy in turn) that refuses what the dense load
-takes, takes what it refuses, or holds other weights.
+Hypothesis mutates files with every kind of part (`mutations.py`), each kind of damage in equal
+shares, from a seed; a failure is shrunk to a small one, reported, and the search goes on. Each
+file is inspected, verified and loaded into a model. Counted as failures: another exception than
+the one for damaged files (or, where the index was changed, for files of another model), a changed
+model after a refusal by checksum or shape, damage that was not noticed, a read that takes more
+than a second or 100 MB, and a load into packed layers (each policy in turn) that refuses what the
+dense load takes, takes what it refuses, holds other weights, or changes the model it refuses.
 
 Then a process that saves two models in turn under one name is killed at random instants: each time
 the file must be whole, and one of the two.
@@ -21,24 +20,23 @@ Results:  experiments/results/fuzz_storage.json
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
-import json
 import random
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import torch
 from bench_c_step import forget_peak, memory
 from common import origin, write
-from torch import nn
+from hypothesis import strategies as st
+from mutations import KINDS, Mutation, Source, mutations
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lc_compress import (
@@ -65,13 +63,11 @@ from lc_compress import (
     each,
 )
 from lc_compress.modules import to_dense
-from lc_compress.storage import FormatError, container, inspect, load, save, verify
-from lc_compress.storage.records import PackedFile
-from lc_compress.storage.specs import known_types
+from lc_compress.storage import FormatError, inspect, load, save, verify
 
 RESULTS = Path(__file__).parent / "results" / "fuzz_storage.json"
 POLICIES = ("never", "on_load", "on_first_use")
-KINDS = ("byte", "cut", "doubled", "truncated", "index", "payload")
+MOST_FAILURES = 5  # of one kind, before the search for more ends
 
 
 class Net(nn.Module):
@@ -122,71 +118,6 @@ def corpus(folder: Path) -> list[Path]:
     return paths
 
 
-def nodes(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to everything inside JSON data."""
-    if path:
-        yield path
-    items: Any = ()
-    if isinstance(data, dict):
-        items = data.items()
-    elif isinstance(data, list):
-        items = enumerate(data)
-    for key, value in items:
-        yield from nodes(value, (*path, key))
-
-
-def another(value: Any, pool: list[Any], rng: random.Random) -> Any:
-    """Something else in its place: a neighbour, an extreme, another value of the file, nonsense."""
-    if isinstance(value, int) and rng.random() < 0.5:
-        return value + rng.choice([-1, 1, 2, 7, 2**31, 2**62, -(2**63), 10**30, -value])
-    if isinstance(value, list) and rng.random() < 0.5:
-        return value[:-1] if rng.random() < 0.5 else value + value[-1:]
-    odd = [None, True, -1, 0, 2**63 - 1, 1e300, "", "x" * 1000, [], {}, [[[]]], {"type": "Sum"}]
-    return rng.choice(odd) if rng.random() < 0.5 else rng.choice(pool)
-
-
-def mutated(kind: str, source: Path, rng: random.Random) -> bytes:
-    whole = bytearray(source.read_bytes())
-    at = rng.randrange(len(whole))
-    if kind == "byte":
-        for _ in range(rng.choice([1, 1, 1, 2, 8])):
-            whole[rng.randrange(len(whole))] ^= rng.randrange(1, 256)
-        return bytes(whole)
-    if kind == "cut":
-        return bytes(whole[:at] + whole[at + rng.randint(1, 16) :])
-    if kind == "doubled":
-        return bytes(whole[:at] + whole[at : at + rng.randint(1, 16)] + whole[at:])
-    if kind == "truncated":
-        return bytes(whole[:at])
-    file = PackedFile(source, known_types())
-    start = len(container._header(0, 0))
-    body = whole[start : start + file._reader.payload]
-    index = json.loads(json.dumps(file._reader.index))
-    for _ in range(rng.choice([1, 1, 2, 4])):
-        if kind == "payload":
-            body[rng.randrange(len(body))] = rng.randrange(256)
-            continue
-        places = list(nodes(index))
-        if not places:
-            break
-        *path, last = rng.choice(places)
-        pool = [inner(index, place) for place in rng.sample(places, min(8, len(places)))]
-        holder = inner(index, path)
-        if isinstance(holder, dict) and rng.random() < 0.2:
-            holder[rng.choice(["x", "shape", "bytes", "type"])] = holder.pop(last)
-        else:
-            holder[last] = copy.deepcopy(another(holder[last], pool, rng))  # no cycles
-    checksums = [zlib.crc32(body[r.offset : r.offset + r.bytes]) for r in file.records]
-    text = container.indexed(json.dumps(index).encode(), checksums)
-    return container._header(len(body), len(text)) + bytes(body) + text
-
-
-def inner(data: Any, path: Any) -> Any:
-    for key in path:
-        data = data[key]
-    return data
-
-
 def outcome(kind: str, path: Path, model: nn.Module) -> tuple[str, str]:
     """How loading ended, and what was wrong with that ("" where nothing was)."""
     try:
@@ -212,9 +143,13 @@ def held_packed(path: Path, policy: Any, dense: nn.Module | None) -> str:
     """What is wrong with loading into packed layers; `dense`: the model of the dense load, None if
     that was refused.
     """
+    model = Net()
+    kept, layers = copies(model), list(model.modules())
     try:
-        packed = load(path, Net(), materialize=policy)
+        packed = load(path, model, materialize=policy)
     except (FormatError, ValueError) as refusal:
+        if not same(model, kept) or layers != list(model.modules()):
+            return f"{policy} changed the model that it refused"
         fits = str(path) in str(refusal)
         return "" if dense is None and fits else f"{policy} refused what dense loads: {refusal}"
     except Exception as failure:
@@ -228,50 +163,102 @@ def held_packed(path: Path, policy: Any, dense: nn.Module | None) -> str:
     return ""
 
 
+def copies(model: nn.Module) -> list[Tensor]:
+    return [x.clone() for x in model.state_dict().values()]
+
+
+def same(model: nn.Module, kept: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(model.state_dict().values(), kept, strict=True))
+
+
+class Fuzz:
+    """Mutations that are tried, and what was found."""
+
+    def __init__(self, folder: Path, quiet: bool) -> None:
+        self.sources = [Source(path) for path in corpus(folder)]
+        self.path = folder / "mutated.lc"
+        self.quiet = quiet
+        self.outcomes: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.slowest = 0.0
+
+    def attempt(self, mutation: Mutation, policy: str) -> tuple[str, str]:
+        """How loading this file ended, and what was wrong with that."""
+        self.path.write_bytes(mutation.content)
+        model = Net()
+        kept = copies(model)
+        begin = time.process_time()
+        end, wrong = outcome(mutation.kind, self.path, model)
+        dense = model if end == "another valid file" else None
+        wrong = wrong or held_packed(self.path, policy, dense)
+        self.slowest = max(self.slowest, time.process_time() - begin)
+        signed = mutation.kind in ("index", "payload")
+        if not same(model, kept) and (end == "of another model" or not signed):
+            wrong = wrong or "the model was changed"
+        return end, wrong
+
+    def search(self, kind: str, count: int, seed: int) -> int:
+        """Up to `count` mutations, less after a failure; how many were counted."""
+        done = 0
+        smallest = ""  # of the failures; Hypothesis ends with the smallest
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=count,
+            database=None,
+            deadline=None,
+            report_multiple_bugs=False,
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            suppress_health_check=list(hypothesis.HealthCheck),
+            verbosity=hypothesis.Verbosity.quiet,
+        )
+        @hypothesis.given(mutations(kind, self.sources), st.sampled_from(POLICIES))
+        def every(mutation: Mutation, policy: str) -> None:
+            nonlocal done, smallest
+            end, wrong = self.attempt(mutation, policy)
+            if not smallest:  # after a failure, it shrinks
+                done += 1
+                self.outcomes[f"{kind}: {end}"] += 1
+                progress.update()
+            if wrong:
+                smallest = f"{mutation}, {policy}: {wrong}"
+                raise AssertionError(wrong.split(":")[0])
+
+        with tqdm(total=count, desc=kind, disable=self.quiet) as progress:
+            try:
+                every()
+            except (AssertionError, hypothesis.errors.Flaky):
+                self.failures.append(smallest[:1000])
+        return done
+
+
 def run(count: int, seed: int, quiet: bool) -> dict[str, Any]:
-    rng = random.Random(seed)
-    found: Counter[str] = Counter()
-    failures: list[str] = []
-    slowest = 0.0
-    most = 0.0
     with tempfile.TemporaryDirectory() as name:
-        sources = corpus(Path(name))
-        path = Path(name) / "mutated.lc"
+        fuzz = Fuzz(Path(name), quiet)
         forget_peak()
         before = memory(peak=False)
-        for i in tqdm(range(count), disable=quiet):
-            kind, source = KINDS[i % len(KINDS)], rng.choice(sources)
-            content = mutated(kind, source, rng)
-            if content == source.read_bytes():
-                found[f"{kind}: unchanged"] += 1
-                continue
-            path.write_bytes(content)
-            model = Net()
-            kept = [x.clone() for x in model.state_dict().values()]
-            begin = time.process_time()
-            end, wrong = outcome(kind, path, model)
-            dense = model if end == "another valid file" else None
-            wrong = wrong or held_packed(path, POLICIES[i // len(KINDS) % len(POLICIES)], dense)
-            slowest = max(slowest, time.process_time() - begin)
-            found[f"{kind}: {end}"] += 1
-            changed = any(
-                not torch.equal(x, y)
-                for x, y in zip(model.state_dict().values(), kept, strict=True)
-            )
-            if changed and (end == "of another model" or kind not in ("index", "payload")):
-                wrong = wrong or "the model was changed"
-            if wrong:
-                failures.append(f"mutation {i} ({kind}): {wrong}"[:300])
+        for i, kind in enumerate(KINDS):
+            share = count // len(KINDS) + (i < count % len(KINDS))
+            for again in range(MOST_FAILURES):
+                done = fuzz.search(kind, share, seed + 1000 * i + 100_000 * again)
+                share -= done
+                if not share or not done:  # all are tried, or there are no others
+                    break
         most = memory(peak=True) - before
-    if slowest > 1.0:
-        failures.append(f"a read took {slowest:.1f} s")
+    failures = list(fuzz.failures)
+    if fuzz.slowest > 1.0:
+        failures.append(f"a read took {fuzz.slowest:.1f} s")
     if most > 100:
         failures.append(f"memory grew by {most:.0f} MB")
+    tried = sum(fuzz.outcomes.values())
+    if tried < count:
+        failures.append(f"{tried} mutations instead of {count}")
     return {
-        "mutations": count,
-        "outcomes": dict(sorted(found.items())),
+        "mutations": tried,
+        "hypothesis": hypothesis.__version__,
+        "outcomes": dict(sorted(fuzz.outcomes.items())),
         "failures": failures,
-        "slowest_seconds": slowest,
+        "slowest_seconds": fuzz.slowest,
         "peak_megabytes": most,
     }
 
@@ -307,7 +294,9 @@ def killed(kills: int, seed: int, quiet: bool) -> dict[str, Any]:
             process.kill()
             process.wait()
             process.stdout.close()
-            left += path.with_name("model.lc.tmp").exists()
+            for unfinished in path.parent.glob("model.lc.*.unfinished"):
+                left += 1
+                unfinished.unlink()
             try:
                 verify(path)
                 model = load(path, nn.Linear(300, 300))
