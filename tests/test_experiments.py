@@ -339,6 +339,40 @@ def test_fuzz_storage(tmp_path: Path) -> None:
     assert "0 failures in 60 mutations and 1 kills" in done.stdout
 
 
+def test_fuzz_storage_shrinks_what_fails(
+    load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect that is planted is found, reported as a small one, and the search goes on."""
+    script = load("fuzz_storage")
+    fuzz = script.Fuzz(tmp_path, quiet=True)
+    whole = {source.name: source.whole for source in fuzz.sources}
+
+    def planted(mutation: Any, policy: str) -> tuple[str, str]:
+        assert mutation.content != whole[mutation.source.name]
+        wrong = mutation.content[:8] != mutation.source.whole[:8]
+        return "refused", "the length was changed" if wrong else ""
+
+    monkeypatch.setattr(fuzz, "attempt", planted)
+    done = fuzz.search("byte", 2000, 0)
+    assert 0 < done < 2000
+    (failure,) = fuzz.failures
+    assert re.fullmatch(
+        r"Mutation\(kind='byte', source=0.lc, edits=\['byte 0 \^ 1'\]\), never: "
+        "the length was changed",
+        failure,
+    )
+    for kind in script.KINDS:
+        counts = []
+        for _ in range(2):
+            seen: list[bytes] = []
+            monkeypatch.setattr(
+                fuzz, "attempt", lambda m, _, seen=seen: (seen.append(m.content), ("", ""))[1]
+            )
+            assert fuzz.search(kind, 20, 3) == 20
+            counts.append(seen)
+        assert counts[0] == counts[1] and len(set(counts[0])) > 10
+
+
 def test_trimmed(tmp_path: Path) -> None:
     run("trimmed.py", "--smoke", "--out", tmp_path / "trimmed.json")
     content = json.loads((tmp_path / "trimmed.json").read_text(encoding="utf-8"))
