@@ -36,7 +36,7 @@ def insert(
     `load_state_dict` or `load`. Several at one place act in the given order: prune, then quantize,
     is `(ActivationPruner(0.5), ActivationQuantizer(FixedPoint(8)))`.
 
-    Call it before `torch.compile` and DistributedDataParallel.
+    Call it before `torch.compile` and DistributedDataParallel, after `model.to(memory_format=...)`.
 
     Args:
         example_inputs: a batch, or a tuple of arguments: a run in evaluation mode on it gives the
@@ -68,7 +68,7 @@ def insert(
     for (name, kind, given), x in zip(places, seen, strict=True):
         modules = [copy.deepcopy(module) for module in given]
         for module in modules:
-            module.bind(tuple(x.shape[1:]))
+            module.bind(tuple(x.shape[1:]), x)
             module.train(layers[name].training)
         if any(isinstance(module, ActivationPruner) for module in modules):
             _check_values(name, x)

@@ -33,6 +33,9 @@ class ActivationPruner(Activation):
         shape: of one example; given by `insert`. "dynamic" does without.
 
     Buffers: mask, 0 or 1 (uint8: compiled loops over bool are slow), or share () for "dynamic".
+    `insert` lays it out in memory as the activations that it sees: a mask in the order C, H, W
+    before channels-last activations is transposed for every example, which costs half a
+    convolution. So `model.to(memory_format=...)` comes first.
 
     Raises:
         ValueError: an argument out of range; in `forward`, an input of another shape.
@@ -63,11 +66,16 @@ class ActivationPruner(Activation):
         if shape is not None:
             self.bind(shape)
 
-    def bind(self, shape: tuple[int, ...]) -> None:
-        super().bind(shape)
-        if self.kind != "dynamic":
+    def bind(self, shape: tuple[int, ...], like: Tensor | None = None) -> None:
+        super().bind(shape, like)
+        if self.kind == "dynamic":
+            return
+        if self.kind == "map" and like is not None:
+            mask = torch.ones_like(like[0], dtype=torch.uint8)
+        else:
             own = shape if self.kind == "map" else (shape[0], *(1 for _ in shape[1:]))
-            self.register_buffer("mask", torch.ones(own, dtype=torch.uint8))
+            mask = torch.ones(own, dtype=torch.uint8)
+        self.register_buffer("mask", mask)
 
     @property
     def watches(self) -> bool:
@@ -98,7 +106,7 @@ class ActivationPruner(Activation):
         return len(shape) == len(self.shape) and shape[0] == self.shape[0]
 
     def begin(self, steps: int, batch: int) -> None:
-        self.store = torch.zeros(self.mask.shape, dtype=torch.float64, device=self._device())
+        self.store = torch.zeros_like(self.mask, dtype=torch.float64)
         self.seen = torch.zeros((), dtype=torch.int64, device=self.store.device)
 
     @torch.no_grad()

@@ -102,8 +102,8 @@ class ActivationQuantizer(Activation):
         elif self.frozen and self.axis is None:
             self._make(1)
 
-    def bind(self, shape: tuple[int, ...]) -> None:
-        super().bind(shape)
+    def bind(self, shape: tuple[int, ...], like: Tensor | None = None) -> None:
+        super().bind(shape, like)
         if not self.frozen:
             return
         whole = torch.Size((1, *shape))

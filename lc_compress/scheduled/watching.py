@@ -36,8 +36,10 @@ class Activation(nn.Module):
         if shape is not None:
             self.bind(shape)
 
-    def bind(self, shape: tuple[int, ...]) -> None:
-        """Make the buffers for examples of this shape."""
+    def bind(self, shape: tuple[int, ...], like: Tensor | None = None) -> None:
+        """Make the buffers for examples of this shape; `like`: a batch, laid out in memory as they
+        will be.
+        """
         self.shape = torch.Size(shape)
 
     @property
