@@ -51,7 +51,9 @@ _LUMA = (0.299, 0.587, 0.114)
 _RAMP, _LATER = Cubic(0, 100 / 12, 4), Cubic(25, 100 / 12, 4)
 PRUNE_FIRST = Plan(100, _RAMP, Delay(100 / 3), _RAMP, Delay(50))
 QUANTIZE_FIRST = Plan(100, _LATER, Delay(0), _LATER, Delay(50 / 3))
-TOGETHER = Plan(100, _RAMP, Delay(100 / 12), _RAMP, Delay(100 / 12))
+# In these the order, the time of pruning and the learning rate at that time change together. Here
+# pruning is as in the first, quantization before it: the order alone changes.
+SAME_PRUNING = Plan(100, _RAMP, Delay(0), _RAMP, Delay(100 / 24))
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ ARMS = {
     "weights, quantize then prune": Arm("weights", QUANTIZE_FIRST),
     "both, prune then quantize": Arm("both", PRUNE_FIRST),
     "both, quantize then prune": Arm("both", QUANTIZE_FIRST),
-    "both, together": Arm("both", TOGETHER),
+    "both, quantize then prune, pruned at the same steps": Arm("both", SAME_PRUNING),
     "both, prune then quantize, truncated": Arm("both", PRUNE_FIRST, rounding="truncate"),
     "both, prune then quantize, masks after tanh": Arm("both", PRUNE_FIRST, masks="after"),
     "both, prune then quantize, 4 bit": Arm("both", PRUNE_FIRST, 4),
@@ -280,7 +282,7 @@ def main(argv: list[str]) -> None:
         kept = {k: v for k, v in asdict(config).items() if k != "data"}
         write(path, {"command": " ".join(command), "config": kept, "result": result, **where})
         for name, row in arms.items():
-            print(f"seed {seed}  {name:45} {row['psnr']:6.2f} dB", flush=True)
+            print(f"seed {seed}  {name:50} {row['psnr']:6.2f} dB", flush=True)
 
 
 if __name__ == "__main__":

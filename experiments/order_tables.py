@@ -1,0 +1,287 @@
+"""Tables and the figure of docs/training-order.md, from the stored runs of `training_order.py` and
+`super_resolution.py`: seeds of one setting are one row; what was not run says how to run it.
+
+Run:      python experiments/order_tables.py        (the figure; `readme_tables.py` fills the page)
+Results:  docs/figures/training-order.png and .svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Record: TypeAlias = dict[str, Any]
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+ORDERS = {
+    "prune-quantize": "P then Q",
+    "quantize-prune": "Q then P",
+    "late": "late Q then P",
+    "together": "together",
+    "prune-quantize-24": "P then Q, 24 % of the steps after the last event",
+}
+WAYS = {
+    "direct": "direct compression, no training",
+    "at-once": "direct compression, then training",
+    "prune-quantize": "on a schedule, straight-through (P then Q)",
+    "lc": "LC",
+}
+WHATS = {"weights": "weights", "both": "weights and activations"}
+DELAYED = ("P then Q", "prune-quantize", "nearest", "before")
+ABLATIONS = (
+    ("rounding towards zero", "prune-quantize", "truncate", "before"),
+    ("quantized from the start", "from-start", "nearest", "before"),
+    ("masks after the ReLU", "prune-quantize", "nearest", "after"),
+)
+SUPER = ("prune then quantize", "quantize then prune")
+
+
+def runs(folder: Path) -> list[Record]:
+    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
+
+
+def cell(numbers: list[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation where there are several."""
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def chosen(found: list[Record], **settings: Any) -> list[Record]:
+    wanted = {"rounding": "nearest", "masks": "before"} | settings
+    own = [r for r in found if all(r["config"][k] == v for k, v in wanted.items())]
+    return sorted(own, key=lambda r: r["config"]["seed"])
+
+
+def numbers(found: list[Record], name: str) -> list[float]:
+    return [r["result"][name] for r in found]
+
+
+def row(name: str, own: list[Record]) -> list[str]:
+    """Accuracy, size and densities of one setting."""
+    size = f"{statistics.mean(numbers(own, 'file_bytes')) / 1000:.1f}"
+    return [
+        name,
+        cell(numbers(own, "accuracy")),
+        str(len(own)),
+        size,
+        cell(numbers(own, "density_paper")[:1]),
+        cell(numbers(own, "density_stored")[:1]),
+    ]
+
+
+COLUMNS = ["accuracy, %", "seeds", "file, kB", "density, paper's", "density, all stored"]
+
+
+def missing(found: list[Record], given: str) -> str:
+    """The command that fills a row, with the settings of what was run."""
+    options = found[0]["command"].split(" --seeds ")[1].split(" ", 1)[1] if found else ""
+    start = "python experiments/training_order.py --data DIR --weights FILE"
+    return f"needs more time: `{start} {given} {options}`".replace(" `", " `").rstrip()
+
+
+def row_or_command(found: list[Record], name: str, given: str, **settings: Any) -> list[str]:
+    own = chosen(found, **settings)
+    return row(name, own) if own else [name, missing(found, given), *[""] * (len(COLUMNS) - 1)]
+
+
+def orders(folder: Path, what: str) -> str:
+    """The paper's comparison, at 8 and 4 bits."""
+    found, rows = runs(folder), []
+    for bits in (8, 4):
+        for order, name in ORDERS.items():
+            given = f"--orders {order} --whats {what} --bits {bits}"
+            settings = {"order": order, "what": what, "bits": bits}
+            rows.append(row_or_command(found, f"{bits} bits, {name}", given, **settings))
+    return table([WHATS[what], *COLUMNS], rows)
+
+
+def differences(folder: Path) -> str:
+    """Accuracy of other orders less that of P then Q, seed by seed."""
+    found, rows = runs(folder), []
+    for what, text in WHATS.items():
+        for bits in (8, 4):
+            own = {o: chosen(found, order=o, what=what, bits=bits) for o in ORDERS}
+            base = {r["config"]["seed"]: r["result"]["accuracy"] for r in own["prune-quantize"]}
+            cells = []
+            for order in list(ORDERS)[1:]:
+                pairs = [
+                    r["result"]["accuracy"] - base[r["config"]["seed"]]
+                    for r in own[order]
+                    if r["config"]["seed"] in base
+                ]
+                cells.append(cell(pairs))
+            if any(cells):
+                rows.append([f"{text}, {bits} bits", *cells])
+    return table(["accuracy less that of P then Q, points", *list(ORDERS.values())[1:]], rows)
+
+
+def ways(folder: Path) -> str:
+    """What learns best in equal steps, at equal bytes."""
+    found, rows = runs(folder), []
+    for bits in (8, 4):
+        for way, name in WAYS.items():
+            given = f"--orders {way} --whats weights --bits {bits}"
+            settings = {"order": way, "what": "weights", "bits": bits}
+            rows.append(row_or_command(found, f"{bits} bits, {name}", given, **settings))
+    return table(["weights", *COLUMNS], rows)
+
+
+def ablations(folder: Path) -> str:
+    found, rows = runs(folder), []
+    for name, order, rounding, masks in (DELAYED, *ABLATIONS):
+        given = f"--orders {order} --whats both --bits 8 --rounding {rounding} --masks {masks}"
+        settings = {"order": order, "rounding": rounding, "masks": masks, "what": "both", "bits": 8}
+        rows.append(row_or_command(found, name, given, **settings))
+    return table(["weights and activations, 8 bits", *COLUMNS], rows)
+
+
+def references(folder: Path) -> str:
+    """What the accuracies are to be held against."""
+    found, rows = runs(folder), []
+    own = [r for r in found if r["config"]["order"] == "dense"]
+    if own:
+        rows.append(["not compressed, the same training", cell(numbers(own, "accuracy"))])
+    for what, text in WHATS.items():
+        for bits in (8, 4):
+            own = chosen(found, order="direct", what=what, bits=bits)
+            name = f"{text}, {bits} bits: direct compression, no training"
+            rows.append([name, cell(numbers(own, "accuracy")) or "not run"])
+    return table(["", "accuracy, %"], rows)
+
+
+def levels(folder: Path) -> str:
+    """The most distinct values of an activation tensor."""
+    found, rows = runs(folder), []
+    for bits in (8, 4):
+        own = [r for r in found if r["config"]["what"] == "both" and r["config"]["bits"] == bits]
+        if own:
+            most = [max(numbers(own, f"levels_{mode}")) for mode in ("training", "evaluation")]
+            rows.append([f"{bits} bits", *map(str, most), str(2**bits), str(len(own))])
+    header = ["distinct values per scale", "in training", "in evaluation", "at most", "models"]
+    return table(header, rows)
+
+
+def budget(folder: Path) -> str:
+    """What was run, in words."""
+    found = runs(folder)
+    if not found:
+        return "Not run yet."
+    config = found[0]["config"]
+    minutes = sum(numbers(found, "processor_seconds")) / 60
+    images = config["steps"] * config["batch"]
+    return (
+        f"{len(found)} runs of {config['steps']} steps of {config['batch']} images ({images:,} "
+        f"images, {images / 50_000:.1%} of an epoch), SGD, learning rate {config['lr']:g} falling "
+        f"to 0 as a cosine, windows of {config['window']} images; tested on the first "
+        f"{config['test_images']:,} test images; {minutes:.0f} minutes of one processor core "
+        f"({found[0]['device']}) in all."
+    )
+
+
+def super_resolution(folder: Path) -> str:
+    found = runs(folder)
+    if not found:
+        return "Not run yet: `python experiments/super_resolution.py --data DIR`."
+    rows = []
+    for name in found[0]["result"]["arms"]:
+        own = [r["result"]["arms"][name] for r in found]
+        size = f"{own[0]['file_bytes'] / 1000:.1f}" if "file_bytes" in own[0] else ""
+        densities = [
+            cell([x[key] for x in own][:1]) if key in own[0] else ""
+            for key in ("density_paper", "density_stored")
+        ]
+        rows.append([name, cell([x["psnr"] for x in own]), str(len(own)), size, *densities])
+    config = found[0]["config"]
+    minutes = sum(numbers(found, "processor_seconds")) / 60
+    text = (
+        f"{config['steps']:,} steps of Adam with {config['batch']} images each, "
+        f"{config['test_images']:,} test images, {len(found)} seeds, {minutes:.0f} minutes of one "
+        "processor core."
+    )
+    return f"{text}\n\n{table(['8 bits unless said', 'PSNR, dB', *COLUMNS[1:]], rows)}"
+
+
+def super_differences(folder: Path) -> str:
+    """PSNR of Q then P less that of P then Q, seed by seed."""
+    rows = []
+    arms = [r["result"]["arms"] for r in runs(folder)]
+    for text, what, suffix in (
+        ("weights, 8 bits", "weights", ""),
+        ("weights and activations, 8 bits", "both", ""),
+        ("the same, both pruned at the same steps", "both", ", pruned at the same steps"),
+        ("weights and activations, 4 bits", "both", ", 4 bit"),
+    ):
+        first, second = (f"{what}, {order}{suffix}" for order in SUPER)
+        pairs = [
+            own[second]["psnr"] - own.get(first, own[f"{what}, {SUPER[0]}"])["psnr"] for own in arms
+        ]
+        better = sum(x > 0 for x in pairs)
+        rows.append([text, cell(pairs, 3), f"{better} of {len(pairs)}"])
+    return table(["", "Q then P less P then Q, dB", "seeds where Q then P is better"], rows)
+
+
+def figure(folder: Path, out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    found = runs(folder / "training_order")
+    drawing = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = drawing.subplots(1, 3, width_ratios=[2, 2, 1.6])
+    names = list(ORDERS)[:4]
+    for axes, (what, text) in zip(panels[:2], WHATS.items(), strict=True):
+        for bits, marker, colour, shift in ((8, "o", "C0", -0.1), (4, "s", "C1", 0.1)):
+            for i, order in enumerate(names):
+                own = numbers(chosen(found, order=order, what=what, bits=bits), "accuracy")
+                axes.plot([i + shift] * len(own), own, marker, color=colour, mfc="none")
+                if own:
+                    axes.plot(i + shift, statistics.mean(own), "_", color=colour, ms=18)
+            axes.plot([], [], marker, color=colour, mfc="none", label=f"{bits} bits")
+        axes.set_xticks(range(len(names)), [ORDERS[n].replace(" then ", "→") for n in names])
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.tick_params(axis="x", rotation=20)
+        axes.set_title(f"ResNet20: {text}", fontsize=10)
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(fontsize=8)
+    axes = panels[2]
+    arms = [r["result"]["arms"] for r in runs(folder / "super_resolution")]
+    ticks = []
+    for i, what in enumerate(WHATS):
+        for j, order in enumerate(SUPER):
+            own = [a[f"{what}, {order}"]["psnr"] for a in arms]
+            at = 2 * i + j
+            ticks.append(f"{'P→Q' if j == 0 else 'Q→P'}\n{'w' if i == 0 else 'w, a'}")
+            axes.plot([at] * len(own), own, "o", color="C2", mfc="none")
+            if own:
+                axes.plot(at, statistics.mean(own), "_", color="C2", ms=18)
+    axes.set_xticks(range(4), ticks)
+    axes.set_xlim(-0.5, 3.5)
+    axes.set_title("ESPCN ×3, 8 bits", fontsize=10)
+    axes.set_ylabel("PSNR, dB")
+    for suffix in (".png", ".svg"):
+        drawing.savefig(out / f"training-order{suffix}", dpi=150)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", default=str(RESULTS), help="folder of the records")
+    parser.add_argument("--out", default=str(ROOT / "docs" / "figures"))
+    given = parser.parse_args(argv)
+    Path(given.out).mkdir(parents=True, exist_ok=True)
+    figure(Path(given.results), Path(given.out))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
