@@ -13,6 +13,8 @@ test images: the last step counts.
 Run:      python experiments/training_order.py --data DIR --weights FILE
           [--orders "prune-quantize late"] [--whats "weights both"] [--bits "8 4"] [--seeds "0 1 2"]
           every combination that has no record yet; --orders all: the orders of the paper.
+          --data digits --network resnet8: handwritten digits, 8×8, trained from random weights;
+          --pretrain STEPS: without compression first.
 Results:  OUT/NAME.json, one for each.
 """
 
@@ -109,6 +111,7 @@ class Config:
     bits: int = 8
     rounding: str = "nearest"  # or truncate, floor
     masks: str = "before"  # the ReLU, or after it
+    pretrain: int = 0  # steps without compression before, at the same learning rates
     steps: int = 100  # of the optimizer
     batch: int = 32
     lr: float = 0.01  # at the start; falls to 0 as a cosine
@@ -120,13 +123,30 @@ class Config:
     seed: int = 0
     smoke: bool = False
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of an image."""
+        return (8, 8) if self.data == "digits" else (32, 32)
+
 
 # ------------------------------------------------------------------ the model
 
 
-def pretrained(config: Config) -> nn.Module:
-    model = network("resnet8") if config.smoke else reference(config.network, config.weights)
+def empty(config: Config) -> nn.Module:
+    """The network with random weights."""
+    model = network("resnet8" if config.smoke else config.network)
     return model.to(memory_format=torch.channels_last)
+
+
+def pretrained(config: Config, data: Images) -> nn.Module:
+    """The trained network in the file, or the same for digits: random, or trained here."""
+    if config.smoke or config.data == "digits":
+        model = empty(config)
+        if config.pretrain:
+            other = replace(config, steps=config.pretrain, order="dense", seed=config.seed + 500)
+            learned(other, model, data)
+        return model
+    return reference(config.network, config.weights).to(memory_format=torch.channels_last)
 
 
 def with_activations(config: Config, model: nn.Module) -> nn.Module:
@@ -144,7 +164,8 @@ def with_activations(config: Config, model: nn.Module) -> nn.Module:
         before |= {"layer1.0": (prune, quantize), "layer?.?.conv2": (prune, quantize)}
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    return insert(model, torch.randn(2, 3, 32, 32, generator=generator), before=before, after=after)
+    example = torch.randn(2, 3, *config.size, generator=generator)
+    return insert(model, example, before=before, after=after)
 
 
 def parts(config: Config) -> dict[str, Any]:
@@ -159,15 +180,38 @@ def parts(config: Config) -> dict[str, Any]:
 # ------------------------------------------------------------------ training
 
 
+def pictures(config: Config) -> Images:
+    """CIFAR-10, or handwritten digits: 1437 to train with, 360 to test."""
+    if config.data != "digits":
+        return images(config.data, torch.device("cpu"), config.smoke)
+    from sklearn.datasets import load_digits
+
+    found, classes = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(found * (255 / 16)).to(torch.uint8).view(-1, 1, 8, 8)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(12345))
+    pixels, labels = pixels.expand(-1, 3, 8, 8)[order], torch.from_numpy(classes).long()[order]
+    return Images(pixels[360:], labels[360:], pixels[:360], labels[:360])
+
+
+def stream(config: Config, data: Images, epoch: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first batches of an epoch: augmented, but for digits."""
+    if config.data != "digits":
+        yield from batches(data, config.batch, config.seed, epoch, 0, last)
+        return
+    generator = torch.Generator().manual_seed(100_003 * config.seed + epoch)
+    order = torch.randperm(len(data), generator=generator)
+    for index in order.split(config.batch)[:last]:
+        yield normalized(data.train[index]), data.labels[index]
+
+
 def train(config: Config, model: nn.Module, optimizer: Any, data: Images) -> Iterator[int]:
     """One optimizer step after the other, over as many epochs as they take."""
     per_epoch = len(data) // config.batch
     for i in range(config.steps):
         epoch, b = divmod(i, per_epoch)
         if b == 0:
-            left = min(per_epoch, config.steps - i)
-            stream = batches(data, config.batch, config.seed, epoch, 0, left)
-        x, y = next(stream)
+            source = stream(config, data, epoch, min(per_epoch, config.steps - i))
+        x, y = next(source)
         share = 0.0 if config.order == "direct" else (1 + math.cos(math.pi * i / config.steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = config.lr * share
@@ -213,21 +257,21 @@ def one(config: Config, data: Images) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     if config.order == "direct":  # nothing moves: as few steps as show the activations
         config = replace(config, steps=1 + config.window // config.batch)
-    model = with_activations(config, pretrained(config))
+    model = with_activations(config, pretrained(config, data))
     run = learned(config, model, data)
-    stream = batches(data, config.batch, config.seed, CALIBRATION, 0, config.calibration)
-    recalibrate(model, [x for x, _ in stream])
+    recalibrate(model, [x for x, _ in stream(config, data, CALIBRATION, config.calibration)])
     test = (data.test[: config.test_images], data.test_labels[: config.test_images])
     if run is None:
-        return {"accuracy": 100 - measured(model, *test)[0]}
+        error, loss = measured(model, *test)
+        return {"accuracy": 100 - error, "loss": loss}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.lc"
         save(run, path)
         size = path.stat().st_size
-        new = with_activations(config, network("resnet8" if config.smoke else config.network))
-        stored = load(path, new.to(memory_format=torch.channels_last))
-    accuracy = 100 - measured(stored, *test)[0]
-    found = {"accuracy": accuracy, "file_bytes": size, **densities(config, stored, run, accuracy)}
+        stored = load(path, with_activations(config, empty(config)))
+    error, loss = measured(stored, *test)
+    found = {"accuracy": 100 - error, "loss": loss, "file_bytes": size}
+    found |= densities(config, stored, run, 100 - error)
     if config.what == "both":
         x = normalized(test[0][: config.batch])
         found["levels_evaluation"] = levels(stored.eval(), x)
@@ -244,7 +288,7 @@ def densities(
     weights = sum(p.numel() for p in model.parameters())
     pruned = sum(int((p == 0).sum()) for n, p in model.named_parameters() if n.startswith("layer"))
     model.eval()
-    features = count_features(model, torch.zeros(2, 3, 32, 32))
+    features = count_features(model, torch.zeros(2, 3, *config.size))
     both = config.what == "both"
     off = sum(int((x == 0).sum()) for n, x in model.named_buffers() if n.endswith(".mask"))
     amounts = (
@@ -291,7 +335,8 @@ def command(config: Config) -> str:
     given = [f"--{single[k]} {v}" for k, v in kept.items()]
     skipped = (*single, "data", "weights")
     given += [option(k, v) for k, v in changed(config).items() if k not in skipped]
-    return " ".join(["python experiments/training_order.py --data DIR --weights FILE", *given])
+    data = "digits" if config.data == "digits" else "DIR --weights FILE"
+    return " ".join([f"python experiments/training_order.py --data {data}", *given])
 
 
 def parse(argv: list[str]) -> tuple[list[Config], Path]:
@@ -338,7 +383,7 @@ def main(argv: list[str]) -> None:
             if json.loads(path.read_text(encoding="utf-8"))["config"] != kept:
                 raise SystemExit(f"{path} is of other settings: give another --out.")
             continue
-        data = data or images(config.data, torch.device("cpu"), config.smoke)
+        data = data or pictures(config)
         started, cpu = time.perf_counter(), time.process_time()
         result = one(config, data)
         result["seconds"] = time.perf_counter() - started
