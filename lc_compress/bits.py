@@ -35,10 +35,9 @@ def pack_codes(codes: Codes, width: int) -> bytes:
         return codes.astype(f"<u{width // 8}", copy=False).tobytes()
     if width < 8:
         return _pack_narrow(codes, width)
-    size = code_bytes(width)
-    octets = codes.astype(f"<u{size}").view(np.uint8).reshape(-1, size)
-    bits = np.unpackbits(octets, axis=1, count=width, bitorder="little")  # (codes, width)
-    return np.packbits(bits, bitorder="little").tobytes()
+    return b"".join(
+        _pack_wide(codes[at : at + _WORDS], width) for at in range(0, codes.size, _WORDS)
+    )
 
 
 def unpack_codes(payload: bytes | memoryview, count: int, width: int) -> Codes:
@@ -112,6 +111,14 @@ def _steps(width: int) -> list[tuple[int, np.uint64, np.uint64]]:
         lower = sum(low << place for place in places)
         steps.append((codes * (8 - width), np.uint64(lower), np.uint64(lower << codes * width)))
     return steps
+
+
+def _pack_wide(codes: Codes, width: int) -> bytes:
+    """Any width; a byte of memory for each bit."""
+    size = code_bytes(width)
+    octets = codes.astype(f"<u{size}").view(np.uint8).reshape(-1, size)
+    bits = np.unpackbits(octets, axis=1, count=width, bitorder="little")  # (codes, width)
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 def _pack_narrow(codes: Codes, width: int) -> bytes:

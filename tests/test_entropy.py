@@ -593,3 +593,25 @@ def test_refuses_what_the_inner_coding_refuses(
 def test_entropy_codings_are_values() -> None:
     assert Entropy(Fixed(3)) == Entropy(Fixed(3)) != Entropy(Fixed(4))
     assert len({Entropy(Support(5)), Entropy(Support(5)), Support(5)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("coding", "most"),
+    [(Fixed(1), 4), (Fixed(4), 4), (Fixed(8), 5), (Raw(torch.float32), 20)],
+    ids=str,
+)
+def test_memory_of_packing(coding: Coding, most: float) -> None:
+    """Bytes per entry beside the data: a 64-bit integer for each would be 8 and more, and floats
+    with their bits as bytes 35.
+    """
+    count = 1 << 19
+    data = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    if isinstance(coding, Fixed):
+        data = (data.abs() * 2**coding.width / 4).clamp(max=2**coding.width - 1).to(torch.uint8)
+    tracemalloc.start()
+    try:
+        Entropy(coding).pack(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < most * count + (1 << 21)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..bits import code_bytes, numel
 from ..coding import Fixed, Radix, Raw, Support, code_array
 from ..part import Coding
-from .numbers import pack_numbers, unpack_numbers
+from .numbers import PIECE, pack_numbers, unpack_numbers
 from .positions import pack_positions, unpack_positions
 from .rans import Ints
 
@@ -132,8 +132,10 @@ class Entropy(Coding):
         if not self.inner.dtype.is_floating_point:
             return bits
         one, sign = bits.dtype.type(1), bits.dtype.type(self._width - 1)
-        bits = (bits << one) | (bits >> sign)
-        return bits
+        turned: Ints = bits << one
+        for at in range(0, bits.size, PIECE):
+            turned[at : at + PIECE] |= bits[at : at + PIECE] >> sign
+        return turned
 
     def _array(self, numbers: Ints, shape: torch.Size) -> Tensor:
         """The entries that `_numbers` turned into integers."""

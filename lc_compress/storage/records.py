@@ -126,17 +126,6 @@ class PackedFile:
         values = map(_restored, found, record.dtypes, record.shapes)
         return dict(zip(record.names, values, strict=True))
 
-    def weights(self, record: Record, state: Any) -> dict[str, Tensor]:
-        """Δ(θ) of a compressed task from its state, as the model's tensors, by their names."""
-        part = record.part
-        assert part is not None
-        delta = self.attempt(record, lambda: part.reconstruct(state))
-        if delta.shape != record.shape or delta.dtype != record.dtypes[0]:
-            raise self.error(
-                f"{record}: the parts make weights of shape {tuple(delta.shape)}, {delta.dtype}"
-            )
-        return record.split(delta)
-
     def attempt(self, record: Record, step: Callable[[], Made]) -> Made:
         """Bytes with the right checksum may still be no array, and arrays no state."""
         try:

@@ -63,7 +63,8 @@ def save(
         path: the file; `docs/format.md` describes it.
         uncompressed: float16 or bfloat16, to round all other floating-point tensors to; None: as
             they are. Integers take the smallest type that holds them.
-        entropy: entropy-code the fields where that is shorter; smaller, and slower to read.
+        entropy: entropy-code the fields where that is shorter; smaller, and slower to read. Fields
+            of floats take up to five times their size while they are coded, codes two bytes each.
 
     Raises:
         TypeError: `source` is neither; a part has an argument that is no plain data.
@@ -233,13 +234,16 @@ def _packed(
     payloads: dict[str, bytes] = {}
     for key, field in fields.items():
         try:
-            payloads[key] = field.coding.pack(field.data)
             chosen[key] = field
             if entropy and isinstance(field.coding, Raw | Fixed | Radix | Support):
                 coding = Entropy(field.coding)
-                shorter = coding.pack(field.data)
-                if len(shorter) + _WORTH < len(payloads[key]):
-                    payloads[key], chosen[key] = shorter, replace(field, coding=coding)
+                payloads[key] = coding.pack(field.data)
+                plain = -(-field.coding.bits(field.data) // 8)
+                if len(payloads[key]) + _WORTH < plain:
+                    chosen[key] = replace(field, coding=coding)
+                    continue
+                del payloads[key]  # before the other is made
+            payloads[key] = field.coding.pack(field.data)
         except ValueError as cause:
             raise ValueError(f"save: {name}, field {key}: {cause}") from cause
     return chosen, payloads
