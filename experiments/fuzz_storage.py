@@ -139,11 +139,10 @@ def outcome(kind: str, path: Path, model: nn.Module) -> tuple[str, str]:
     return "another valid file", "" if signed else "damage was not noticed"
 
 
-def held_packed(path: Path, policy: Any, dense: nn.Module | None) -> str:
+def held_packed(path: Path, policy: Any, model: nn.Module, dense: nn.Module | None) -> str:
     """What is wrong with loading into packed layers; `dense`: the model of the dense load, None if
     that was refused.
     """
-    model = Net()
     kept, layers = copies(model), list(model.modules())
     try:
         packed = load(path, model, materialize=policy)
@@ -178,6 +177,9 @@ class Fuzz:
         self.sources = [Source(path) for path in corpus(folder)]
         self.path = folder / "mutated.lc"
         self.quiet = quiet
+        self.model = Net()
+        self.kept = copies(self.model)
+        self.spare: Net | None = None
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
         self.slowest = 0.0
@@ -185,16 +187,19 @@ class Fuzz:
     def attempt(self, mutation: Mutation, policy: str) -> tuple[str, str]:
         """How loading this file ended, and what was wrong with that."""
         self.path.write_bytes(mutation.content)
-        model = Net()
-        kept = copies(model)
         begin = time.process_time()
-        end, wrong = outcome(mutation.kind, self.path, model)
-        dense = model if end == "another valid file" else None
-        wrong = wrong or held_packed(self.path, policy, dense)
+        end, wrong = outcome(mutation.kind, self.path, self.model)
+        changed = not same(self.model, self.kept)
+        dense = self.model if end == "another valid file" else None
+        packed = self.spare or Net()
+        wrong = wrong or held_packed(self.path, policy, packed, dense)
         self.slowest = max(self.slowest, time.process_time() - begin)
-        signed = mutation.kind in ("index", "payload")
-        if not same(model, kept) and (end == "of another model" or not signed):
+        if changed and (end == "of another model" or mutation.kind not in ("index", "payload")):
             wrong = wrong or "the model was changed"
+        self.spare = None if wrong or dense else packed  # a refused one is as it was
+        if changed or dense:
+            self.model = Net()
+            self.kept = copies(self.model)
         return end, wrong
 
     def search(self, kind: str, count: int, seed: int) -> int:
