@@ -38,6 +38,7 @@ ABLATIONS = (
     ("quantized from the start", "from-start", "nearest", "before"),
     ("masks after the ReLU", "prune-quantize", "nearest", "after"),
 )
+DIGITS = "digits"  # in the name of a folder of theirs
 SUPER = ("prune then quantize", "quantize then prune")
 
 
@@ -65,7 +66,7 @@ def chosen(found: list[Record], **settings: Any) -> list[Record]:
 
 
 def numbers(found: list[Record], name: str) -> list[float]:
-    return [r["result"][name] for r in found]
+    return [r["result"][name] for r in found if name in r["result"]]
 
 
 def row(name: str, own: list[Record]) -> list[str]:
@@ -74,6 +75,7 @@ def row(name: str, own: list[Record]) -> list[str]:
     return [
         name,
         cell(numbers(own, "accuracy")),
+        cell(numbers(own, "loss"), 3),
         str(len(own)),
         size,
         cell(numbers(own, "density_paper")[:1]),
@@ -81,18 +83,27 @@ def row(name: str, own: list[Record]) -> list[str]:
     ]
 
 
-COLUMNS = ["accuracy, %", "seeds", "file, kB", "density, paper's", "density, all stored"]
+COLUMNS = [
+    "accuracy, %",
+    "test loss",
+    "seeds",
+    "file, kB",
+    "density, paper's",
+    "density, all stored",
+]
 
 
 def missing(found: list[Record], given: str) -> str:
-    """The command that fills a row, with the settings of what was run."""
-    options = found[0]["command"].split(" --seeds ")[1].split(" ", 1)[1] if found else ""
-    start = "python experiments/training_order.py --data DIR --weights FILE"
-    return f"needs more time: `{start} {given} {options}`".replace(" `", " `").rstrip()
+    """The command that fills a row: with the settings of what was run, and this."""
+    name, _, settings = found[0]["command"].partition(" --orders ")
+    parts = settings.split(" --seeds ")[1].split(" ", 1)
+    return f"needs more time: `{' '.join([name, given, *parts[1:]])}`"
 
 
 def row_or_command(found: list[Record], name: str, given: str, **settings: Any) -> list[str]:
     own = chosen(found, **settings)
+    if not found:
+        return [name, "not run", *[""] * (len(COLUMNS) - 1)]
     return row(name, own) if own else [name, missing(found, given), *[""] * (len(COLUMNS) - 1)]
 
 
@@ -100,7 +111,7 @@ def orders(folder: Path, what: str) -> str:
     """The paper's comparison, at 8 and 4 bits."""
     found, rows = runs(folder), []
     for bits in (8, 4):
-        for order, name in ORDERS.items():
+        for order, name in list(ORDERS.items())[: 5 if what == "both" else 4]:
             given = f"--orders {order} --whats {what} --bits {bits}"
             settings = {"order": order, "what": what, "bits": bits}
             rows.append(row_or_command(found, f"{bits} bits, {name}", given, **settings))
@@ -108,43 +119,42 @@ def orders(folder: Path, what: str) -> str:
 
 
 def differences(folder: Path) -> str:
-    """Accuracy of other orders less that of P then Q, seed by seed."""
+    """Test loss of other orders less that of P then Q, seed by seed: finer than accuracy."""
     found, rows = runs(folder), []
     for what, text in WHATS.items():
         for bits in (8, 4):
             own = {o: chosen(found, order=o, what=what, bits=bits) for o in ORDERS}
-            base = {r["config"]["seed"]: r["result"]["accuracy"] for r in own["prune-quantize"]}
+            base = {r["config"]["seed"]: r["result"]["loss"] for r in own["prune-quantize"]}
             cells = []
             for order in list(ORDERS)[1:]:
                 pairs = [
-                    r["result"]["accuracy"] - base[r["config"]["seed"]]
+                    r["result"]["loss"] - base[r["config"]["seed"]]
                     for r in own[order]
                     if r["config"]["seed"] in base
                 ]
-                cells.append(cell(pairs))
+                cells.append(cell(pairs, 3))
             if any(cells):
                 rows.append([f"{text}, {bits} bits", *cells])
-    return table(["accuracy less that of P then Q, points", *list(ORDERS.values())[1:]], rows)
+    return table(["test loss less that of P then Q", *list(ORDERS.values())[1:]], rows)
 
 
 def ways(folder: Path) -> str:
     """What learns best in equal steps, at equal bytes."""
     found, rows = runs(folder), []
-    for bits in (8, 4):
-        for way, name in WAYS.items():
-            given = f"--orders {way} --whats weights --bits {bits}"
-            settings = {"order": way, "what": "weights", "bits": bits}
-            rows.append(row_or_command(found, f"{bits} bits, {name}", given, **settings))
-    return table(["weights", *COLUMNS], rows)
+    for way, name in WAYS.items():
+        given = f"--orders {way} --whats weights --bits 4"
+        settings = {"order": way, "what": "weights", "bits": 4}
+        rows.append(row_or_command(found, name, given, **settings))
+    return table(["weights, 4 bits", *COLUMNS], rows)
 
 
 def ablations(folder: Path) -> str:
     found, rows = runs(folder), []
     for name, order, rounding, masks in (DELAYED, *ABLATIONS):
-        given = f"--orders {order} --whats both --bits 8 --rounding {rounding} --masks {masks}"
-        settings = {"order": order, "rounding": rounding, "masks": masks, "what": "both", "bits": 8}
+        given = f"--orders {order} --whats both --bits 4 --rounding {rounding} --masks {masks}"
+        settings = {"order": order, "rounding": rounding, "masks": masks, "what": "both", "bits": 4}
         rows.append(row_or_command(found, name, given, **settings))
-    return table(["weights and activations, 8 bits", *COLUMNS], rows)
+    return table(["weights and activations, 4 bits", *COLUMNS], rows)
 
 
 def references(folder: Path) -> str:
@@ -152,13 +162,16 @@ def references(folder: Path) -> str:
     found, rows = runs(folder), []
     own = [r for r in found if r["config"]["order"] == "dense"]
     if own:
-        rows.append(["not compressed, the same training", cell(numbers(own, "accuracy"))])
+        rows.append(["not compressed, the same training", *losses(own)])
     for what, text in WHATS.items():
         for bits in (8, 4):
-            own = chosen(found, order="direct", what=what, bits=bits)
-            name = f"{text}, {bits} bits: direct compression, no training"
-            rows.append([name, cell(numbers(own, "accuracy")) or "not run"])
-    return table(["", "accuracy, %"], rows)
+            if own := chosen(found, order="direct", what=what, bits=bits):
+                rows.append([f"{text}, {bits} bits: direct compression, no training", *losses(own)])
+    return table(["", "accuracy, %", "test loss", "seeds"], rows)
+
+
+def losses(own: list[Record]) -> list[str]:
+    return [cell(numbers(own, "accuracy")), cell(numbers(own, "loss"), 3), str(len(own))]
 
 
 def levels(folder: Path) -> str:
@@ -178,15 +191,15 @@ def budget(folder: Path) -> str:
     found = runs(folder)
     if not found:
         return "Not run yet."
-    config = found[0]["config"]
+    config, images = found[0]["config"], 1437 if DIGITS in folder.name else 50_000
     minutes = sum(numbers(found, "processor_seconds")) / 60
-    images = config["steps"] * config["batch"]
+    before = f" after {config['pretrain']} without compression" if config.get("pretrain") else ""
     return (
-        f"{len(found)} runs of {config['steps']} steps of {config['batch']} images ({images:,} "
-        f"images, {images / 50_000:.1%} of an epoch), SGD, learning rate {config['lr']:g} falling "
-        f"to 0 as a cosine, windows of {config['window']} images; tested on the first "
-        f"{config['test_images']:,} test images; {minutes:.0f} minutes of one processor core "
-        f"({found[0]['device']}) in all."
+        f"{len(found)} runs of {config['steps']} steps of {config['batch']} images"
+        f" ({config['steps'] * config['batch'] / images:.2g} epochs){before}, SGD, momentum "
+        f"{config['momentum']:g}, learning rate {config['lr']:g} falling to 0 as a cosine, windows "
+        f"of {config['window']} images, {config['test_images']:,} test images; "
+        f"{minutes:.1f} minutes of one processor core ({found[0]['device']}) in all."
     )
 
 
@@ -232,10 +245,25 @@ def super_differences(folder: Path) -> str:
     return table(["", "Q then P less P then Q, dB", "seeds where Q then P is better"], rows)
 
 
+def overhead(folder: Path) -> str:
+    """What a compiled training step costs, against one of the plain network."""
+    path = folder / "bench_scheduled.json"
+    if not path.is_file():
+        return "Not measured yet: `python experiments/bench_scheduled.py`."
+    ways = json.loads(path.read_text(encoding="utf-8"))["result"]["ways"]
+    rows = []
+    for name, own in ways.items():
+        low, high = own["quartiles"]
+        limit = f"{own['limit']:g}" if "limit" in own else ""
+        middle = f"{own['ratio']:.3f} ({low:.3f} to {high:.3f})" if limit else "1"
+        rows.append([name, f"{1000 * own['seconds']:.0f}", middle, limit])
+    return table(["", "ms a step", "of a plain step (quartiles)", "at most"], rows)
+
+
 def figure(folder: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
-    found = runs(folder / "training_order")
+    found = runs(folder / f"training_order_{DIGITS}")
     drawing = Figure(figsize=(9, 3.6), layout="constrained")
     panels = drawing.subplots(1, 3, width_ratios=[2, 2, 1.6])
     names = list(ORDERS)[:4]
@@ -250,7 +278,7 @@ def figure(folder: Path, out: Path) -> None:
         axes.set_xticks(range(len(names)), [ORDERS[n].replace(" then ", "→") for n in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.tick_params(axis="x", rotation=20)
-        axes.set_title(f"ResNet20: {text}", fontsize=10)
+        axes.set_title(f"Digits, ResNet8: {text}", fontsize=10)
         axes.set_ylabel("test accuracy, %")
         axes.legend(fontsize=8)
     axes = panels[2]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar_tables
+import order_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -182,6 +183,7 @@ CLAIMS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fuzz_storage": ("a damaged file is an error that names the cause", _fuzz),
     "kill_resume": ("killed anywhere and resumed = never killed", _kills),
     "bench_l_step": ("cost of a training step against one without LC", _l_step),
+    "bench_scheduled": ("cost of a training step with a schedule against one without", _l_step),
     "implicit": ("penalty in the gradient or as an implicit step: training loss", _implicit),
 }
 
@@ -194,6 +196,26 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "schemes, resnet20": lambda f: cifar_tables.schemes(f / "cifar", "resnet20", 1),
         "methods, resnet20": lambda f: cifar_tables.methods(f / "cifar", "resnet20", 1),
         "schemes, vgg16/4": lambda f: cifar_tables.schemes(f / "cifar", "vgg16/4", 1),
+    },
+    "docs/training-order.md": {
+        "budget, digits": lambda f: order_tables.budget(f / "training_order_digits"),
+        "both, digits": lambda f: order_tables.orders(f / "training_order_digits", "both"),
+        "weights, digits": lambda f: order_tables.orders(f / "training_order_digits", "weights"),
+        "differences, digits": lambda f: order_tables.differences(f / "training_order_digits"),
+        "references, digits": lambda f: order_tables.references(f / "training_order_digits"),
+        "levels, digits": lambda f: order_tables.levels(f / "training_order_digits"),
+        "ablations, digits": lambda f: order_tables.ablations(f / "training_order_digits"),
+        "budget, resnet20": lambda f: order_tables.budget(f / "training_order"),
+        "references, resnet20": lambda f: order_tables.references(f / "training_order"),
+        "weights, resnet20": lambda f: order_tables.orders(f / "training_order", "weights"),
+        "both, resnet20": lambda f: order_tables.orders(f / "training_order", "both"),
+        "super-resolution": lambda f: order_tables.super_resolution(f / "super_resolution"),
+        "super-resolution, differences": lambda f: order_tables.super_differences(
+            f / "super_resolution"
+        ),
+        "budget, ways": lambda f: order_tables.budget(f / "ways_digits"),
+        "ways": lambda f: order_tables.ways(f / "ways_digits"),
+        "overhead": order_tables.overhead,
     },
 }
 NETWORKS = ("resnet20", "resnet32", "resnet56")

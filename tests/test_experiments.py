@@ -377,3 +377,74 @@ def test_trimmed(tmp_path: Path) -> None:
     run("trimmed.py", "--smoke", "--out", tmp_path / "trimmed.json")
     content = json.loads((tmp_path / "trimmed.json").read_text(encoding="utf-8"))
     assert content["result"] and all(map(math.isfinite, numbers(content["result"])))
+
+
+# ------------------------------------------------------------------ training order
+
+
+def test_training_order(tmp_path: Path) -> None:
+    arguments = ("--smoke", "--seeds", "0", "--bits", "4", "--out", str(tmp_path))
+    orders = ("--orders", "late direct dense lc", "--whats", "weights both")
+    done = run("training_order.py", *arguments, *orders)
+    stems = {line.split()[0] for line in done.stdout.splitlines()}
+    assert stems == {path.stem for path in tmp_path.glob("*.json")}
+    assert stems == {
+        *(
+            f"{order}_{what}_4bit_s0"
+            for order in ("late", "direct")
+            for what in ("weights", "both")
+        ),
+        "lc_weights_4bit_s0",
+        "dense_s0",
+    }
+    found = {stem: read(tmp_path / f"{stem}.json") for stem in stems}
+    both = found["late_both_4bit_s0"]
+    assert both["levels_training"] <= 16 and both["levels_evaluation"] <= 16
+    assert 0.1 < both["activations_pruned"] < 0.5 and 0.45 < both["weights_pruned"] < 0.5
+    assert both["density_paper"] > both["density_stored"] or both["accuracy"] == 0
+    sizes = {found[f"{name}_weights_4bit_s0"]["file_bytes"] for name in ("late", "direct", "lc")}
+    assert max(sizes) < 1.02 * min(sizes)  # equal parts: equal bytes
+    assert run("training_order.py", *arguments, *orders).stdout == ""  # all are there
+    again = subprocess.run(
+        [sys.executable, EXPERIMENTS / "training_order.py", *arguments, *orders, "--lr", "0.5"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 1 and "is of other settings" in again.stderr
+
+
+def test_training_orders_have_their_times(load: Callable[[str], Any]) -> None:
+    """The fair comparison: as many steps after the last event as quantize, then prune."""
+    module = load("training_order")
+    fair, other = (
+        (module.ORDERS | module.OTHERS)[name](1000)
+        for name in ("prune-quantize-24", "quantize-prune")
+    )
+    last = [
+        max(e.step for name in plan.schedules for e in plan.events(name)) for plan in (fair, other)
+    ]
+    assert last == [760, 760]
+    assert fair.prune == module.ORDERS["prune-quantize"](1000).prune
+
+
+def test_super_resolution(tmp_path: Path, load: Callable[[str], Any]) -> None:
+    run("super_resolution.py", "--smoke", "--seeds", "3", "--out", tmp_path)
+    result = read(tmp_path / "s3.json")
+    module = load("super_resolution")
+    assert set(result["arms"]) == {"bicubic", "not compressed", *module.ARMS, module.FROM_START}
+    assert sum(p.numel() for p in module.ESPCN().parameters()) == 22_729
+    small = result["arms"]["both, prune then quantize, 4 bit"]["file_bytes"]
+    assert small < result["arms"]["both, prune then quantize"]["file_bytes"]
+
+
+def test_order_figure(tmp_path: Path) -> None:
+    run("order_tables.py", "--out", tmp_path)
+    assert (tmp_path / "training-order.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_scheduled(tmp_path: Path) -> None:
+    run("bench_scheduled.py", "--smoke", "--out", tmp_path / "s.json")
+    ways = read(tmp_path / "s.json")["ways"]
+    assert list(ways) == ["plain", "weights", "weights and activations"]
+    assert all(ways[w]["met"] == (ways[w]["ratio"] <= ways[w]["limit"]) for w in list(ways)[1:])
