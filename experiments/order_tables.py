@@ -38,6 +38,13 @@ ABLATIONS = (
     ("quantized from the start", "from-start", "nearest", "before"),
     ("masks after the ReLU", "prune-quantize", "nearest", "after"),
 )
+DRAWN = {
+    "P→Q\nweights": "weights, prune then quantize",
+    "Q→P\nweights": "weights, quantize then prune",
+    "P→Q\nboth": "both, prune then quantize",
+    "Q→P\nboth": "both, quantize then prune",
+    "Q→P\nboth,\nsame steps": "both, quantize then prune, pruned at the same steps",
+}
 DIGITS = "digits"  # in the name of a folder of theirs
 SUPER = ("prune then quantize", "quantize then prune")
 
@@ -141,11 +148,12 @@ def differences(folder: Path) -> str:
 def ways(folder: Path) -> str:
     """What learns best in equal steps, at equal bytes."""
     found, rows = runs(folder), []
-    for way, name in WAYS.items():
-        given = f"--orders {way} --whats weights --bits 4"
-        settings = {"order": way, "what": "weights", "bits": 4}
-        rows.append(row_or_command(found, name, given, **settings))
-    return table(["weights, 4 bits", *COLUMNS], rows)
+    for bits in (4, 2):
+        for way, name in WAYS.items():
+            given = f"--orders {way} --whats weights --bits {bits}"
+            settings = {"order": way, "what": "weights", "bits": bits}
+            rows.append(row_or_command(found, f"{bits} bits, {name}", given, **settings))
+    return table(["weights", *COLUMNS], rows)
 
 
 def ablations(folder: Path) -> str:
@@ -223,7 +231,7 @@ def super_resolution(folder: Path) -> str:
         f"{config['test_images']:,} test images, {len(found)} seeds, {minutes:.0f} minutes of one "
         "processor core."
     )
-    return f"{text}\n\n{table(['8 bits unless said', 'PSNR, dB', *COLUMNS[1:]], rows)}"
+    return f"{text}\n\n{table(['8 bits unless said', 'PSNR, dB', *COLUMNS[2:]], rows)}"
 
 
 def super_differences(folder: Path) -> str:
@@ -260,42 +268,39 @@ def overhead(folder: Path) -> str:
     return table(["", "ms a step", "of a plain step (quartiles)", "at most"], rows)
 
 
+def marks(axes: Any, at: float, own: list[float], marker: str, colour: str) -> None:
+    """One for each seed, and their mean."""
+    axes.plot([at] * len(own), own, marker, color=colour, mfc="none")
+    if own:
+        axes.plot(at, statistics.mean(own), "_", color=colour, ms=18)
+
+
 def figure(folder: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
     found = runs(folder / f"training_order_{DIGITS}")
-    drawing = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = drawing.subplots(1, 3, width_ratios=[2, 2, 1.6])
+    whats = [what for what in WHATS if chosen(found, what=what, order="prune-quantize")]
+    drawing = Figure(figsize=(3 + 3.5 * len(whats), 3.6), layout="constrained")
+    panels = list(drawing.subplots(1, len(whats) + 1, squeeze=False)[0])
     names = list(ORDERS)[:4]
-    for axes, (what, text) in zip(panels[:2], WHATS.items(), strict=True):
+    for axes, what in zip(panels, whats, strict=False):
         for bits, marker, colour, shift in ((8, "o", "C0", -0.1), (4, "s", "C1", 0.1)):
             for i, order in enumerate(names):
-                own = numbers(chosen(found, order=order, what=what, bits=bits), "accuracy")
-                axes.plot([i + shift] * len(own), own, marker, color=colour, mfc="none")
-                if own:
-                    axes.plot(i + shift, statistics.mean(own), "_", color=colour, ms=18)
+                own = numbers(chosen(found, order=order, what=what, bits=bits), "loss")
+                marks(axes, i + shift, own, marker, colour)
             axes.plot([], [], marker, color=colour, mfc="none", label=f"{bits} bits")
         axes.set_xticks(range(len(names)), [ORDERS[n].replace(" then ", "→") for n in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.tick_params(axis="x", rotation=20)
-        axes.set_title(f"Digits, ResNet8: {text}", fontsize=10)
-        axes.set_ylabel("test accuracy, %")
+        axes.set_title(f"digits, ResNet8: {WHATS[what]}", fontsize=10)
+        axes.set_ylabel("test loss (lower is better)")
         axes.legend(fontsize=8)
-    axes = panels[2]
     arms = [r["result"]["arms"] for r in runs(folder / "super_resolution")]
-    ticks = []
-    for i, what in enumerate(WHATS):
-        for j, order in enumerate(SUPER):
-            own = [a[f"{what}, {order}"]["psnr"] for a in arms]
-            at = 2 * i + j
-            ticks.append(f"{'P→Q' if j == 0 else 'Q→P'}\n{'w' if i == 0 else 'w, a'}")
-            axes.plot([at] * len(own), own, "o", color="C2", mfc="none")
-            if own:
-                axes.plot(at, statistics.mean(own), "_", color="C2", ms=18)
-    axes.set_xticks(range(4), ticks)
-    axes.set_xlim(-0.5, 3.5)
-    axes.set_title("ESPCN ×3, 8 bits", fontsize=10)
-    axes.set_ylabel("PSNR, dB")
+    for i, arm in enumerate(DRAWN.values()):
+        marks(panels[-1], i, [a[arm]["psnr"] for a in arms], "o", "C2")
+    panels[-1].set_xticks(range(len(DRAWN)), list(DRAWN), fontsize=8)
+    panels[-1].set_xlim(-0.5, len(DRAWN) - 0.5)
+    panels[-1].set_title("ESPCN ×3, 8 bits", fontsize=10)
+    panels[-1].set_ylabel("PSNR, dB (higher is better)")
     for suffix in (".png", ".svg"):
         drawing.savefig(out / f"training-order{suffix}", dpi=150)
 
