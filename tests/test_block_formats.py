@@ -675,3 +675,14 @@ def test_states_of_other_blocks_are_not_admitted() -> None:
     buffer = io.BytesIO()
     torch.save(MX("e2m1").project(w).codes, buffer)
     assert MX("e2m1").admits(MX("e2m1").project(w))
+
+
+@pytest.mark.parametrize("form", [*FORMATS, MX("e2m1", rounding="even"), MX("e4m3", 3, axis=0)])
+def test_quantize_without_codes_gives_the_values_of_the_codes(form: Format[Any]) -> None:
+    """Bit for bit, signed zeros included: subnormal, huge and tied weights, short blocks."""
+    sizes = torch.logspace(-44, 38, 7)[:, None]
+    drawn = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
+    inputs = [torch.from_numpy(golden()[name]) for name in ("input", "input_short")]
+    for x in (*inputs, drawn * sizes, torch.zeros(3, 5), drawn.T, drawn[0]):
+        expected = form.reconstruct(form.project(x)).contiguous().view(torch.int32)
+        assert torch.equal(form.quantize(x).contiguous().view(torch.int32), expected)
