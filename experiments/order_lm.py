@@ -5,8 +5,7 @@ Pruned and quantized are the 42 matrices of the blocks; the embedding, which is 
 float32. Two settings: weights only, and weights and activations, where every quantized matrix gets
 its inputs in the same format. For each pruning and format: dense, S, Q, S→Q and Q→S, the
 orthogonality threshold EM(S) + EM(Q) − EM(dense) and the excess over it, with 95 % BCa bootstrap
-intervals over the windows, which all settings share. The fine-tuned arms will be a second kind of
-`arm`, trained weights in place of `pruned`: see there.
+intervals over the windows, which all settings share. `order_lm_tuned.py` fine-tunes first.
 
 Run:      python experiments/order_lm.py --weights DIR --data DIR [--windows 8]
           --weights: folder of stories15M_fp16.npz.   --data: folder of valid_tokens.npz.
@@ -17,7 +16,6 @@ Results:  experiments/results/order_lm.json, with command, hardware and wall tim
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import origin, write
+from order_figure import excesses
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -196,7 +195,7 @@ def compressed(
 
 
 def pruned(weights: dict[str, Tensor], part: Part[Any]) -> dict[str, Tensor]:
-    """One-shot pruning. A fine-tuned arm gives its own sparse weights here instead."""
+    """One-shot pruning."""
     return {name: part.reconstruct(part.project(w)) for name, w in weights.items()}
 
 
@@ -274,58 +273,6 @@ def table(cells: list[dict[str, Any]]) -> str:
     )
 
 
-def draw(cells: list[dict[str, Any]], stem: Path) -> None:
-    """For each setting and pruning, over the formats: excess of both orders, with intervals."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    settings = list(dict.fromkeys(cell["setting"] for cell in cells))
-    style = {"S→Q": ("o", "#0072B2", -0.14), "Q→S": ("s", "#D55E00", 0.14)}
-    options: Any = {"svg.hashsalt": "order", "svg.fonttype": "path", "font.size": 10}
-    with matplotlib.rc_context(options):
-        figure = Figure(figsize=(11, 6.4), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(len(settings), len(PRUNERS), sharex=True, squeeze=False)
-        for row, setting in zip(grid, settings, strict=True):
-            for axes, pruning in zip(row, PRUNERS, strict=True):
-                chosen = [c for c in cells if (c["setting"], c["pruning"]) == (setting, pruning)]
-                for i, cell in enumerate(chosen):
-                    for one in cell["orthogonality"].combined:
-                        marker, color, shift = style[one.name]
-                        e, open_ = one.excess, one.verdict == "inconclusive"
-                        axes.plot([i + shift] * 2, [e.low, e.high], color=color, linewidth=1.6)
-                        face = "white" if open_ else color
-                        axes.plot(i + shift, e.value, marker, color=color, markerfacecolor=face)
-                axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
-                axes.set_yscale("symlog", linthresh=0.02)
-                axes.set_title(f"{pruning}, {setting}", fontsize=10)
-                axes.set_xticks(range(len(chosen)), [c["format"] for c in chosen], rotation=60)
-                axes.grid(axis="y", color="0.9", linewidth=0.6)
-                axes.set_axisbelow(True)
-                axes.spines[["top", "right"]].set_visible(False)
-            row[0].set_ylabel("perplexity over the threshold\n(> 0: more than S and Q alone)")
-        for name, (marker, color, _) in style.items():
-            empty: list[float] = []
-            figure_label = {"label": name, "linestyle": "none"}
-            grid[0][0].plot(empty, empty, marker, color=color, **figure_label)
-        grid[0][0].plot(
-            empty,
-            empty,
-            "o",
-            color="0.3",
-            markerfacecolor="white",
-            linestyle="none",
-            label="inconclusive: the interval holds 0",
-        )
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-        for suffix, more in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
-            temporary = stem.with_name(f"{stem.name}.{os.getpid()}{suffix}")
-            figure.savefig(temporary, **more)
-            os.replace(temporary, stem.with_name(stem.name + suffix))
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -357,8 +304,8 @@ def main(argv: list[str]) -> None:
     print(table(cells))
     stem = (options.out or RESULTS) / f"order_lm{'_smoke' if options.smoke else ''}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    draw(cells, stem)
     result["cells"] = [c | {"orthogonality": c["orthogonality"].dicts()} for c in cells]
+    excesses(result["cells"], stem, "perplexity", 0.02)
     result["wall_seconds"] = time.perf_counter() - started
     result["cpu_seconds"] = time.process_time()  # of one core, however busy the machine is
     smoke = " --smoke" if options.smoke else f" --windows {options.windows}"

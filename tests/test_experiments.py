@@ -301,6 +301,21 @@ def test_order(name: str, tmp_path: Path) -> None:
     assert read(stem.with_suffix(".json"))
 
 
+@pytest.mark.parametrize("name", ["order_encoder", "order_resnet", "order_lm_tuned"])
+def test_order_of_whole_models(name: str, tmp_path: Path) -> None:
+    run(f"{name}.py", "--smoke", "--quiet", "--out", tmp_path)
+    stem = tmp_path / f"{name}_smoke"
+    names = {x.name for x in tmp_path.iterdir()}
+    assert {f"{stem.name}{suffix}" for suffix in (".json", ".png", ".svg")} <= names
+    assert json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))["result"]
+
+
+def test_bench_order_report(tmp_path: Path) -> None:
+    run("bench_order_report.py", "--smoke", "--out", tmp_path / "report.json")
+    rows = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["result"]["rows"]
+    assert rows and all(row["layers"] > 0 and row["seconds"] > 0 for row in rows)
+
+
 def test_implicit(tmp_path: Path) -> None:
     done = run("implicit.py", "--smoke", "--quiet", "--out", tmp_path / "implicit.json")
     result = read(tmp_path / "implicit.json", ORIGIN)
