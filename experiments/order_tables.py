@@ -85,8 +85,8 @@ def row(name: str, own: list[Record]) -> list[str]:
         cell(numbers(own, "loss"), 3),
         str(len(own)),
         size,
-        cell(numbers(own, "density_paper")[:1]),
-        cell(numbers(own, "density_stored")[:1]),
+        f"{statistics.mean(numbers(own, 'density_paper')):.2f}",
+        f"{statistics.mean(numbers(own, 'density_stored')):.2f}",
     ]
 
 
@@ -220,7 +220,7 @@ def super_resolution(folder: Path) -> str:
         own = [r["result"]["arms"][name] for r in found]
         size = f"{own[0]['file_bytes'] / 1000:.1f}" if "file_bytes" in own[0] else ""
         densities = [
-            cell([x[key] for x in own][:1]) if key in own[0] else ""
+            f"{statistics.mean([x[key] for x in own]):.2f}" if key in own[0] else ""
             for key in ("density_paper", "density_stored")
         ]
         rows.append([name, cell([x["psnr"] for x in own]), str(len(own)), size, *densities])

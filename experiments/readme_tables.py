@@ -209,6 +209,11 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "references, resnet20": lambda f: order_tables.references(f / "training_order"),
         "weights, resnet20": lambda f: order_tables.orders(f / "training_order", "weights"),
         "both, resnet20": lambda f: order_tables.orders(f / "training_order", "both"),
+        "differences, resnet20": lambda f: order_tables.differences(f / "training_order"),
+        "levels, resnet20": lambda f: order_tables.levels(f / "training_order"),
+        "budget, rate 0.03": lambda f: order_tables.budget(f / "training_order_lr03"),
+        "references, rate 0.03": lambda f: order_tables.references(f / "training_order_lr03"),
+        "weights, rate 0.03": lambda f: order_tables.orders(f / "training_order_lr03", "weights"),
         "super-resolution": lambda f: order_tables.super_resolution(f / "super_resolution"),
         "super-resolution, differences": lambda f: order_tables.super_differences(
             f / "super_resolution"
