@@ -233,7 +233,9 @@ def timed(name: str, layers: int, width: int, repeats: int, folder: Path) -> dic
 def loading(name: str, layers: int, width: int, repeats: int, folder: Path) -> dict[str, Any]:
     shape = [layers, width]
     apart(["stored", name, *shape, str(folder)])
-    runs = [apart(["timed", name, *shape, repeats, str(folder)], threads=0) for _ in range(3)]
+    processes = 3 if repeats > 1 else 1
+    job = ["timed", name, *shape, repeats, str(folder)]
+    runs = [apart(job, threads=0) for _ in range(processes)]
     ns = {way: statistics.median(run[way] for run in runs) for way in runs[0]}
     ratios = [run["load"] / run["read"] for run in runs]
     ratio = statistics.median(ratios)
@@ -299,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="seconds; the sizes mean nothing")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    layers, width, repeats = (3, 64, 2) if options.smoke else (12, 1536, 3)
+    layers, width, repeats = (3, 64, 1) if options.smoke else (12, 1536, 3)
     if options.job:
         kind, name, *shape, folder = options.job
         call: Callable[..., Any] = {"stored": stored, "timed": timed, "peaks": peaks}[kind]
