@@ -55,7 +55,8 @@ def save(
 
     The file takes the place of `path` at the end, whole or not at all (a killed process may leave
     "<name>.<8 digits>.unfinished" beside it). Beyond the model, one task
-    is in memory at a time. Tied tensors are stored once.
+    is in memory at a time. Tied tensors are stored once: those that share memory, shape and strides
+    (a tensor and its transposed view are two).
 
     Args:
         source: an `LC` or a finished `Scheduled`, whose model is stored as Δ(θ); or a module. Of
