@@ -82,9 +82,13 @@ class Block(nn.Module):
 
 
 def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Each pair (2i, 2i + 1) of x (n, heads, length, size) turned by the angle of its place."""
+    """Each pair (2i, 2i + 1) of x (n, heads, length, size) turned by the angle of its place.
+
+    turn: (places, size / 2, 2), cosines and sines.
+    """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn[: x.shape[2]]).flatten(-2)
+    angles = torch.view_as_complex(turn[: x.shape[2]].float().contiguous())
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
 class Llama(nn.Module):
@@ -101,7 +105,8 @@ class Llama(nn.Module):
         self.head.weight = self.words.weight
         size = width // heads
         angle = torch.outer(torch.arange(CONTEXT), BASE ** (-torch.arange(0, size, 2) / size))
-        self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle), persistent=False)
+        turn = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        self.register_buffer("turn", turn, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens)

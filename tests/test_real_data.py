@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lc_compress import LC, Binary, Int, KMeans, LowRank, Sparse, constant, geometric, load, save
 from lc_compress.part import squared_error
@@ -134,45 +134,37 @@ def test_packed_resnets_agree(
             torch.testing.assert_close(packed.eval().to(dtype)(images), expected, **near)
 
 
-def test_packed_matrices_of_the_language_model_agree(
-    data_folder: Path, tmp_path: Path, generator: torch.Generator
+def test_packed_language_model_agrees(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every matrix of a layer, and the tied embedding, as layers of their own."""
-    with np.load(data_folder / "stories15m" / "stories15M_fp16.npz") as arrays:
-        names = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
-        matrices = {name: torch.from_numpy(arrays[name][0].astype(np.float32)) for name in names}
-        embedding = torch.from_numpy(arrays["tok_emb"].astype(np.float32))
-
-    def layers() -> nn.ModuleDict:
-        made = nn.ModuleDict(
-            {name: nn.Linear(*reversed(w.shape), bias=False) for name, w in matrices.items()}
-        )
-        made["embedding"] = nn.Embedding(*embedding.shape)
-        made["head"] = nn.Linear(*reversed(embedding.shape), bias=False)
-        made["head"].weight = made["embedding"].weight
-        return made
-
-    model = layers()
+    """Embedding, tied head and all matrices packed: the whole forward pass, by every policy."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    order_lm = load_module(EXPERIMENTS / "order_lm.py")
+    model = order_lm.pretrained(data_folder / "stories15m")
+    words = order_lm.windows(data_folder / "tinystories")[:1, :48]
     with torch.no_grad():
-        model["embedding"].weight.copy_(embedding)
-        for name, w in matrices.items():
-            model[name].weight.copy_(w)
+        reference = model(words)
     tasks = {
-        "w[qkvo].weight": PACKED,
-        "w[12].weight": LowRank(16) + Sparse(density=0.02),
-        "w3.weight": Int(4, axis=0),
-        "embedding.weight": KMeans(16),
+        "layers.*.w[qkvo].weight": PACKED,
+        "layers.*.w3.weight": Int(4, axis=0, scale="max"),
+        "layers.0.w[12].weight": LowRank(16) + Sparse(density=0.05),
+        "layers.[1-5].w[12].weight": LowRank(144),
+        "words.weight": Int(8, axis=0, scale="max"),
     }
-    lc = LC(model, tasks, schedule=constant(1.0, 1))
+    lc = LC(copy.deepcopy(model), tasks, schedule=constant(1.0, 1))
     lc.finalize()
     save(lc, tmp_path / "model.lc")
-    words = torch.randint(len(embedding), (9,), generator=generator)
-    for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-4), (torch.bfloat16, 0.05, 0.2)):
-        dense = load(tmp_path / "model.lc", layers()).to(dtype)
+
+    @torch.no_grad()
+    def logits(policy: Any, dtype: torch.dtype) -> Any:
+        net = load(tmp_path / "model.lc", copy.deepcopy(model), materialize=policy).to(dtype)
+        assert policy is None or net.head.packed is net.words.packed
+        return net(words).float()
+
+    spread = float(reference.std())
+    for dtype, near in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+        expected = logits(None, dtype)
+        assert float((expected - reference).std()) > 0.05 * spread  # compressed
         for policy in POLICIES:
-            packed = load(tmp_path / "model.lc", layers(), materialize=policy).to(dtype)
-            assert packed["head"].packed is packed["embedding"].packed
-            for name in (*matrices, "head"):
-                x = torch.randn(3, dense[name].in_features, generator=generator).to(dtype)
-                torch.testing.assert_close(packed[name](x), dense[name](x), rtol=rtol, atol=atol)
-            torch.testing.assert_close(packed["embedding"](words), dense["embedding"](words))
+            difference = (logits(policy, dtype) - expected).square().mean().sqrt()
+            assert float(difference) < near * spread, (policy, dtype)
