@@ -868,6 +868,22 @@ def test_values_without_spread() -> None:
     assert result.combined[0].verdict == "orthogonal"
 
 
+def test_what_rounding_leaves_is_no_effect() -> None:
+    """Two orders that differ in the last bit: a sure interval, and still noise."""
+    rng = np.random.default_rng(0)
+    s = rng.normal(3.0, 0.1, 12)
+    tiny = 3e-8 + 1e-9 * rng.random(12)
+    plan = {"dense": s - 1, "parts": {"S": s}, "combined": {"a": s, "b": s + tiny}}
+    result = example(**plan)
+    assert result.differences[0].difference.low > 0
+    assert result.differences[0].noise
+    assert [x.verdict for x in result.combined] == ["orthogonal", "orthogonal"]
+    exact = example(rounding=0.0, **plan)
+    assert not exact.differences[0].noise and exact.combined[1].verdict == "non-orthogonal"
+    assert result.rounding == pytest.approx(1e-6 * s.mean())
+    assert result.dicts()["differences"][0]["rounding"] == result.rounding
+
+
 def test_wrong_metrics() -> None:
     wrong(
         r"is a higher perplexity better\? Give higher_is_better=True",
@@ -894,3 +910,4 @@ def test_wrong_metrics() -> None:
     wrong("one row of values", lambda: example(dense=np.zeros((3, 1))))
     wrong("confidence must be in", lambda: example(confidence=1.0))
     wrong("n_boot at least 100", lambda: example(n_boot=10))
+    wrong("rounding must be finite", lambda: example(rounding=-1.0))

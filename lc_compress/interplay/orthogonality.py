@@ -48,15 +48,18 @@ class Combined:
 
 @dataclass(frozen=True)
 class Difference:
-    """Metric of `second` minus that of `first`. noise: its interval contains 0."""
+    """Metric of `second` minus that of `first`. noise: its interval contains 0, or comes as near
+    to it as rounding.
+    """
 
     first: str
     second: str
     difference: Interval
+    rounding: float = 0.0
 
     @property
     def noise(self) -> bool:
-        return self.difference.low <= 0 <= self.difference.high
+        return self.difference.low <= self.rounding and -self.rounding <= self.difference.high
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Orthogonality:
     """Threshold and verdicts. `print` it, write it as JSON, or draw it.
 
     values: how many seeds or batches.   interval: how the intervals were made.
+    rounding: what is no larger counts as 0.
     """
 
     metric: str
@@ -71,6 +75,7 @@ class Orthogonality:
     values: int
     interval: str
     confidence: float
+    rounding: float
     dense: float
     parts: dict[str, float]
     threshold: float
@@ -128,6 +133,7 @@ def orthogonality(
     higher_is_better: bool | None = None,
     transform: Callable[[Floats], Floats] | None = None,
     confidence: float = 0.95,
+    rounding: float | None = None,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Orthogonality:
@@ -139,6 +145,8 @@ def orthogonality(
     with the evaluation metric EM. *non-orthogonal*: the excess is above 0 with the whole interval.
     *orthogonal*: below or at 0 with the whole interval. Otherwise *inconclusive*. Differences
     between the combined ones, such as two orders, are called noise where their interval contains 0.
+    In all of this, 0 is what is no larger than `rounding`: two orders that give the same weights up
+    to the last bit do not differ, however sure the interval.
 
     Values are those of seeds or of evaluation batches, paired by position: the i-th of every
     sequence was measured with the same seed or on the same batch. All are resampled together. From
@@ -156,13 +164,14 @@ def orthogonality(
         transform: applied to means: with losses per batch and `numpy.exp`, EM is the perplexity of
             all batches, not a mean of perplexities.
         confidence: of the intervals.
+        rounding: of the metric; None: 1e-6 of its largest mean, as float32 evaluation leaves it.
         n_boot: resamples.
         seed: of the resampling.
 
     Raises:
         TypeError: `higher_is_better` is not stated.
         ValueError: no part or nothing combined, unequal lengths, fewer than 2 values, values that
-            are not finite, `confidence` or `n_boot` out of range.
+            are not finite, `confidence`, `rounding` or `n_boot` out of range.
 
     Source: papers/sparsity-quantization-order.md, section 3 equation 12 and section 11.
     """
@@ -178,10 +187,14 @@ def orthogonality(
             f"orthogonality: confidence must be in (0, 1), got {confidence}, and n_boot at least "
             f"100, got {n_boot}."
         )
+    if rounding is not None and not 0 <= rounding < math.inf:
+        raise ValueError(f"orthogonality: rounding must be finite and at least 0, got {rounding}.")
     sign, k = (-1 if higher_is_better else 1), len(parts)
     columns = _columns({"dense": dense} | _named("part", parts) | _named("combined", combined))
     count = columns.shape[1]
     means = dict(zip(("dense", *parts, *combined), _metrics(columns, transform), strict=True))
+    if rounding is None:
+        rounding = 1e-6 * max(abs(x) for x in means.values())
 
     def interval(coefficients: Sequence[float]) -> Interval:
         return _interval(columns, np.array(coefficients), transform, confidence, n_boot, seed)
@@ -192,10 +205,10 @@ def orthogonality(
     rows = []
     for i, name in enumerate(combined):
         excess = interval([sign * (k - 1), *[-sign] * k, *unit((i, sign))])
-        rows.append(Combined(name, means[name], excess, _verdict(excess)))
+        rows.append(Combined(name, means[name], excess, _verdict(excess, rounding)))
     pairs = itertools.combinations(enumerate(combined), 2)
     differences = tuple(
-        Difference(a, b, interval([0, *[0] * k, *unit((i, -1), (j, 1))]))
+        Difference(a, b, interval([0, *[0] * k, *unit((i, -1), (j, 1))]), rounding)
         for (i, a), (j, b) in pairs
     )
     few = count < _FEW
@@ -205,6 +218,7 @@ def orthogonality(
         values=count,
         interval=f"t, of {count} values" if few else f"BCa bootstrap, {n_boot} of {count} values",
         confidence=confidence,
+        rounding=rounding,
         dense=means["dense"],
         parts={name: means[name] for name in parts},
         threshold=sum(means[name] for name in parts) - (k - 1) * means["dense"],
@@ -213,10 +227,10 @@ def orthogonality(
     )
 
 
-def _verdict(excess: Interval) -> Verdict:
-    if excess.low > 0:
+def _verdict(excess: Interval, rounding: float) -> Verdict:
+    if excess.low > rounding:
         return "non-orthogonal"
-    return "orthogonal" if excess.high <= 0 else "inconclusive"
+    return "orthogonal" if excess.high <= rounding else "inconclusive"
 
 
 def _named(kind: str, values: Mapping[str, Values]) -> dict[str, Values]:
