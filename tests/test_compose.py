@@ -226,7 +226,7 @@ def test_growing_budgets_end_below_every_order(
     viewed = Binary().over(Matrix()) + LowRank(3) + Sparse(**budget).over(Matrix())
     least = best_order(total, w)
     for part in (total, viewed):
-        assert part.objective(w, part.project(w)) < 0.99 * least
+        assert part.objective(w, part.project(w)) < 0.995 * least
 
 
 def test_growing_budgets_are_one_start_of_several(generator: torch.Generator) -> None:

@@ -57,8 +57,11 @@ def test_reference_and_direct_compression_of_resnet20(
     experiment: Any, resnet20: Any, images: Path
 ) -> None:
     test = experiment.cifar10(images, ["test_batch"])
-    assert experiment.error(resnet20, *test) == pytest.approx(8.27, abs=0.005)
+    assert len(test[0]) == 10_000  # of which 8.27 % are wrong; every run of `cifar.py` checks that
     few = tuple(x[:1000] for x in test)
+    assert experiment.error(resnet20, *few) == pytest.approx(
+        8.5, abs=0.11
+    )  # one image more or less
     train, _ = experiment.cifar10(images, ["data_batch_1"])
     part = Binary() + Sparse(density=0.02)
     tasks = {"*conv*.weight": part, "linear.weight": part}
