@@ -25,7 +25,23 @@ WEIGHTS = {
     "resnet56": "resnet56-4bfd9763.th",
     "vgg16/4": "vgg16.pt",
 }
-_ALIKE = ("network", "scheme", "method", "epochs", "refine", "distill", "mu0", "growth")
+SCHEMES = (  # what the table of a network compares
+    "binary",
+    "kmeans 2",
+    "kmeans 4",
+    "sparse 7%",
+    "rank 8e-3",
+    "lowrank 8%",
+    *list(DENSITIES.values())[1:],
+    "lowrank 6% + sparse 1.5%",
+    "binary + lowrank 2%",
+    "binary + lowrank 2% + sparse 0.5%",
+    "sparse 19% > int 4",
+    "lowrank 33% > int 4",
+)
+PAIRS = ("binary + sparse 2%", "lowrank 6% + sparse 1.5%", "sparse 19% > int 4")  # of one size
+LONG = 12  # epochs of what is asked of a GPU
+_ALIKE = ("network", "scheme", "method", "epochs", "refine", "distill", "mu0", "growth", "bfloat16")
 WAYS = {
     "lc-sum": "LC, gradient at Δ(θ)",
     "lc-weights": "LC, classic",
@@ -86,15 +102,16 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
-def command(network: str, scheme: str, epochs: int) -> str:
+def command(network: str, scheme: str, epochs: int, method: str = "lc-sum") -> str:
     """What fills a row that is not there."""
+    way = "" if method == "lc-sum" else f" --method {method}"
     return (
         f"`python experiments/sweep.py -- --data DIR --weights {WEIGHTS[network]} "
-        f'--network {network} --scheme "{scheme}" --epochs {epochs} --seed 0 1 2`'
+        f'--network {network} --scheme "{scheme}"{way} --epochs {epochs} --seed 0 1 2`'
     )
 
 
-def densities(folder: Path, networks: tuple[str, ...], wanted: int) -> str:
+def densities(folder: Path, networks: tuple[str, ...]) -> str:
     """One bit and s exact floats, by network and s, at the most epochs there are; the paper's
     setting is marked as missing where it was not run.
     """
@@ -114,7 +131,7 @@ def densities(folder: Path, networks: tuple[str, ...], wanted: int) -> str:
             ]
             name = f"{network}, {share}"
             if not own:
-                missing = f"needs a GPU: {command(network, scheme, wanted)}"
+                missing = f"needs a GPU: {command(network, scheme, LONG)}"
                 rows.append([name, missing, *[""] * (len(HEADER) + 1)])
                 continue
             for group in sorted(own, key=lambda g: g[0]["config"]["epochs"]):
@@ -150,8 +167,10 @@ def trend(folder: Path) -> str:
     return table(["epochs", "test error", "seeds", "script"], lines)
 
 
-def schemes(folder: Path, network: str, epochs: float) -> str:
-    """Every scheme that was learned with the gradient at Δ(θ) for so many epochs, by size."""
+def schemes(folder: Path, network: str, epochs: float, wanted: tuple[str, ...] = SCHEMES) -> str:
+    """Every scheme that was learned with the gradient at Δ(θ) for so many epochs, by size; those
+    wanted that were not.
+    """
     found = [
         group
         for group in groups(runs(folder))
@@ -159,10 +178,13 @@ def schemes(folder: Path, network: str, epochs: float) -> str:
         and group[0]["config"]["method"] == "lc-sum"
         and group[0]["config"]["distill"] == 0
     ]
-    if not found:
-        return f"Not measured yet: {command(network, 'binary + sparse 2%', int(epochs))}"
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     rows = [[f"`{g[0]['config']['scheme']}`", g[0]["config"]["family"], *row(g)] for g in found]
+    there = {group[0]["config"]["scheme"] for group in found}
+    for scheme in wanted:
+        if scheme not in there:
+            missing = f"needs a GPU: {command(network, scheme, LONG)}"
+            rows.append([f"`{scheme}`", missing, *[""] * len(HEADER)])
     return table(["scheme", "family", *HEADER], rows)
 
 
@@ -174,8 +196,6 @@ def methods(folder: Path, network: str, epochs: float) -> str:
         if (group[0]["config"]["network"], group[0]["config"]["epochs"]) == (network, epochs)
         and group[0]["config"]["scheme"] in ("binary", "binary + sparse 2%")
     ]
-    if not found:
-        return f"Not measured yet: {command(network, 'binary', int(epochs))}"
     order = list(WAYS)
     found.sort(key=lambda g: (g[0]["config"]["scheme"], order.index(g[0]["config"]["method"])))
     rows = []
@@ -185,4 +205,10 @@ def methods(folder: Path, network: str, epochs: float) -> str:
         if config["distill"]:
             way += f", {config['distill']:g} of the loss from the reference"
         rows.append([f"`{config['scheme']}`", way, *row(group)])
+    there = {group[0]["config"]["method"] for group in found}
+    for method, way in WAYS.items():
+        if method not in there:
+            scheme = "binary" if method in ("ste", "parq") else "binary + sparse 2%"
+            missing = f"needs a GPU: {command(network, scheme, LONG, method)}"
+            rows.append([f"`{scheme}`", f"{way}: {missing}", *[""] * len(HEADER)])
     return table(["scheme", "way", *HEADER], rows)

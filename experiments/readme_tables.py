@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar_tables
+import interplay_tables
 import order_tables
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +179,20 @@ def _implicit(result: dict[str, Any]) -> str:
     return ", ".join(f"{form}: {text}" for form, text in found.items())
 
 
+def _report_time(result: dict[str, Any]) -> str:
+    return f"ResNet56: at most {max(row['seconds'] for row in result['rows']):.0f} s"
+
+
+def _orders(result: dict[str, Any]) -> str:
+    cells = result["one_shot"]["loss"] if "one_shot" in result else result["cells"]
+    _, count, first, second, noise, *_ = interplay_tables.counted("", cells)
+    return f"{count} cells: S→Q better in {first}, Q→S in {second}, noise in {noise}"
+
+
+def _or_sum(result: dict[str, Any]) -> str:
+    return f"{len(result['one_shot'])} one-shot points, {len(result['learned'])} learned"
+
+
 CLAIMS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("1 bit + 2 % floats within 0.5 points of the reference", _digits),
     "bench_c_step": ("the C step's costs against peers and physical limits", _c_step),
@@ -189,17 +204,43 @@ CLAIMS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "bench_l_step": ("cost of a training step against one without LC", _l_step),
     "bench_scheduled": ("cost of a training step with a schedule against one without", _l_step),
     "implicit": ("penalty in the gradient or as an implicit step: training loss", _implicit),
+    "bench_order_report": ("`order_report` of a whole network takes seconds", _report_time),
+    "order_lm": ("prune or quantize first, language model, one shot", _orders),
+    "order_lm_tuned": ("the same after sparse fine-tuning, and a matched arm", _orders),
+    "order_resnet": ("the same, ResNet20", _orders),
+    "order_encoder": ("the same, sentence encoder", _orders),
+    "order_or_sum": ("at equal bytes: prune, then quantize, or a sum", _or_sum),
 }
 
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"digits table": digits, "resnet20 table": resnet20},
     "experiments/README.md": {
         "claims": claims,
-        "densities": lambda f: cifar_tables.densities(f / "cifar", NETWORKS, 12),
+        "densities": lambda f: cifar_tables.densities(f / "cifar", NETWORKS),
         "trend": cifar_tables.trend,
         "schemes, resnet20": lambda f: cifar_tables.schemes(f / "cifar", "resnet20", 1),
         "methods, resnet20": lambda f: cifar_tables.methods(f / "cifar", "resnet20", 1),
-        "schemes, vgg16/4": lambda f: cifar_tables.schemes(f / "cifar", "vgg16/4", 1),
+        "schemes, vgg16/4": lambda f: cifar_tables.schemes(
+            f / "cifar", "vgg16/4", 1, cifar_tables.PAIRS
+        ),
+    },
+    "docs/interplay.md": {
+        "counts": interplay_tables.counts,
+        "one shot, lm": lambda f: interplay_tables.grid(interplay_tables.one_shot(f, "lm")),
+        "one shot, resnet": lambda f: interplay_tables.grid(
+            interplay_tables.one_shot(f, "resnet", "error")
+        ),
+        "one shot, encoder": lambda f: interplay_tables.grid(
+            interplay_tables.one_shot(f, "encoder")
+        ),
+        "tuned, lm": lambda f: interplay_tables.grid(interplay_tables.tuned(f, "lm_tuned")),
+        "tuned, resnet": lambda f: interplay_tables.grid(
+            interplay_tables.tuned(f, "resnet", "error")
+        ),
+        "gaps": interplay_tables.gaps,
+        "equal bytes": interplay_tables.equal_bytes,
+        "learned": interplay_tables.learned,
+        "selection": interplay_tables.selection,
     },
     "docs/training-order.md": {
         "budget, digits": lambda f: order_tables.budget(f / "training_order_digits"),
