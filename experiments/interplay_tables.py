@@ -37,7 +37,8 @@ def one_shot(folder: Path, name: str, metric: str = "") -> list[Cell]:
 
 def tuned(folder: Path, name: str, metric: str = "") -> list[Cell]:
     found = result(folder, name)
-    return found["tuned"][metric] if metric else found["cells"]  # type: ignore[no-any-return]
+    cells = found["cells"] if name == "lm_tuned" else found.get("tuned", [])
+    return cells[metric] if metric else cells  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------ orders
@@ -106,6 +107,7 @@ MODELS: dict[str, Callable[[Path], list[Cell]]] = {
     "sentence encoder, one shot": lambda f: one_shot(f, "encoder"),
     "language model, one shot": lambda f: one_shot(f, "lm"),
     "ResNet20, fine-tuned (loss)": lambda f: tuned(f, "resnet", "loss"),
+    "sentence encoder, fine-tuned": lambda f: tuned(f, "encoder"),
     "language model, fine-tuned": lambda f: tuned(f, "lm_tuned"),
 }
 

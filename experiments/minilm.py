@@ -187,7 +187,6 @@ def sts(path: Path, tokens: WordPiece) -> Pairs:
     return Pairs(first, second, [float(row[4]) for row in rows])
 
 
-@torch.no_grad()
 def similarities(model: Encoder, pairs: Pairs, batch: int = 32) -> Tensor:
     """Cosine of the two sentence vectors of each pair. Sentences run in order of length."""
     sentences = [*pairs.first, *pairs.second]

@@ -24,9 +24,12 @@ PRUNERS: dict[str, Part[Any]] = {
 }
 SETTINGS = ("weights", "weights and activations")
 ORDERS = ("S→Q", "Q→S")
+TUNED_FORMATS = ("MXFP4", "INT4")
+TUNED_PRUNINGS = ("2:4", "75%")
 Weights = dict[str, Tensor]
 Values = dict[str, list[float]]  # metric: one value per batch of the evaluation
 Hook = Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]
+Measure = Callable[[Weights, Hook | None], Any]
 _VIEW = Matrix()  # a convolution weight as rows, each one dot product
 
 
@@ -108,7 +111,7 @@ def name_of(*parts: str) -> str:
 
 def one_shot(
     layers: Mapping[str, nn.Module],
-    measure: Callable[[Weights, Hook | None], Any],
+    measure: Measure,
     inputs: Callable[[Format[Any]], Hook],
     records: Records,
     prefix: Sequence[str] = (),
@@ -133,7 +136,7 @@ def one_shot(
 
 def sparse(
     layers: Mapping[str, nn.Module],
-    measure: Callable[[Weights, Hook | None], Any],
+    measure: Measure,
     records: Records,
     pruning: str,
     prefix: Sequence[str] = (),
@@ -146,7 +149,7 @@ def sparse(
 
 def both_orders(
     layers: Mapping[str, nn.Module],
-    measure: Callable[[Weights, Hook | None], Any],
+    measure: Measure,
     hook: Hook | None,
     records: Records,
     setting: str,
@@ -162,6 +165,60 @@ def both_orders(
             return measure(weights, hook)
 
         records.get(name_of(*prefix, order, setting, form, pruning), run)
+
+
+def tuned(
+    train: Callable[[str | None, int], tuple[Mapping[str, nn.Module], Measure]],
+    inputs: Callable[[Format[Any]], Hook],
+    records: Records,
+    seeds: int,
+) -> None:
+    """Dense and sparse networks of every seed, and their quantized versions.
+
+    train: (pruning or None, seed) → the layers of a network that was fine-tuned so, and its
+    measure.
+    """
+    for seed in range(seeds):
+        for pruning in (None, *TUNED_PRUNINGS):
+            prefix = ("tuned", pruning or "dense", f"seed{seed}")
+            wanted = name_of(*prefix, "done")
+            if wanted in records.found:
+                continue
+            layers, measure = train(pruning, seed)
+            chosen = () if pruning is None else (pruning,)
+            one_shot(layers, measure, inputs, records, prefix, TUNED_FORMATS, chosen)
+            records.get(wanted, lambda: True)
+
+
+def tuned_cells(
+    found: Mapping[str, Any], metric: str, name: str, higher_is_better: bool, seeds: int
+) -> list[dict[str, Any]]:
+    """Over the seeds of which all was measured, if there are at least two."""
+    rows: list[dict[str, Any]] = []
+    nets = ("dense", *TUNED_PRUNINGS)
+    done = [
+        seed
+        for seed in range(seeds)
+        if all(name_of("tuned", net, f"seed{seed}", "done") in found for net in nets)
+    ]
+    if len(done) < 2:
+        return rows
+
+    def each(net: str, *key: str) -> list[float]:
+        names = [name_of("tuned", net, f"seed{seed}", *key) for seed in done]
+        return [sum(found[n][metric]) / len(found[n][metric]) for n in names]
+
+    for setting in SETTINGS:
+        for form in TUNED_FORMATS:
+            for pruning in TUNED_PRUNINGS:
+                series = {"dense": each("dense", "dense"), "S": each(pruning, "S", pruning)}
+                series["Q"] = each("dense", "Q", setting, form)
+                for order in ORDERS:
+                    series[order] = each(pruning, order, setting, form, pruning)
+                plan = {"setting": setting, "format": form, "pruning": pruning}
+                result = cell(series, name, higher_is_better)
+                rows.append(plan | {"series": series, "orthogonality": result})
+    return rows
 
 
 def cell(
@@ -198,6 +255,9 @@ def cells(
     return rows
 
 
-def grid_size(formats: Sequence[str] = FORMATS) -> int:
-    """Measurements of a one-shot grid."""
-    return 1 + len(PRUNERS) + len(formats) * len(SETTINGS) * (1 + 2 * len(PRUNERS))
+def grid_size(formats: Sequence[str] = FORMATS, seeds: int = 0) -> int:
+    """Measurements of a one-shot grid, and of the fine-tuned networks."""
+    each = 2 + len(TUNED_FORMATS) * len(SETTINGS)
+    each += len(TUNED_PRUNINGS) * (3 + 3 * len(TUNED_FORMATS) * len(SETTINGS))
+    one = 1 + len(PRUNERS) + len(formats) * len(SETTINGS) * (1 + 2 * len(PRUNERS))
+    return one + seeds * each

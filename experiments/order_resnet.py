@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import ROOT, add_options, changed, option, origin, write
 from data import normalized
@@ -35,18 +34,16 @@ from networks import network, reference
 from order_figure import excesses
 from order_grid import (
     FORMATS,
-    ORDERS,
     PRUNERS,
-    SETTINGS,
     Hook,
     Records,
     Weights,
-    cell,
     cells,
     compressed,
     grid_size,
-    name_of,
     one_shot,
+    tuned,
+    tuned_cells,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,8 +51,6 @@ from training import CALIBRATION, Images, batches, images
 
 from lc_compress import LC, Format, Matrix, Sparse, recalibrate
 
-TUNED_FORMATS = ("MXFP4", "INT4")
-TUNED_PRUNINGS = ("2:4", "75%")
 METRICS = {"loss": "cross-entropy", "error": "test error, %"}
 
 
@@ -138,49 +133,6 @@ def fine_tuned(
     return model.eval()
 
 
-def tuned(model: nn.Module, data: Images, config: Config, records: Records) -> None:
-    """Dense and sparse networks of every seed, and their quantized versions."""
-    for seed in range(config.seeds):
-        for pruning in (None, *TUNED_PRUNINGS):
-            prefix = ("tuned", pruning or "dense", f"seed{seed}")
-            wanted = name_of(*prefix, "done")
-            if wanted in records.found:
-                continue
-            measure = Measured(fine_tuned(model, data, pruning, config, seed), data, config)
-            chosen = () if pruning is None else (pruning,)
-            one_shot(measure.layers, measure, inputs, records, prefix, TUNED_FORMATS, chosen)
-            records.get(wanted, lambda: True)
-
-
-def tuned_cells(found: dict[str, Any], metric: str, seeds: int) -> list[dict[str, Any]]:
-    """Over the seeds of which all was measured, if there are at least two."""
-    rows: list[dict[str, Any]] = []
-    nets = ("dense", *TUNED_PRUNINGS)
-    done = [
-        seed
-        for seed in range(seeds)
-        if all(name_of("tuned", net, f"seed{seed}", "done") in found for net in nets)
-    ]
-    if len(done) < 2:
-        return rows
-
-    def each(net: str, *key: str) -> list[float]:
-        names = [name_of("tuned", net, f"seed{seed}", *key) for seed in done]
-        return [float(np.mean(found[name][metric])) for name in names]
-
-    for setting in SETTINGS:
-        for form in TUNED_FORMATS:
-            for pruning in TUNED_PRUNINGS:
-                series = {"dense": each("dense", "dense"), "S": each(pruning, "S", pruning)}
-                series["Q"] = each("dense", "Q", setting, form)
-                for order in ORDERS:
-                    series[order] = each(pruning, order, setting, form, pruning)
-                plan = {"setting": setting, "format": form, "pruning": pruning}
-                result = cell(series, METRICS[metric], False)
-                rows.append(plan | {"series": series, "orthogonality": result})
-    return rows
-
-
 def main(argv: list[str]) -> None:
     config = Config()
     parser = argparse.ArgumentParser(
@@ -207,20 +159,23 @@ def main(argv: list[str]) -> None:
     data = images(options.data, torch.device("cpu"), options.smoke)
     stem = (options.out or ROOT / "results") / f"order_resnet{'_smoke' if options.smoke else ''}"
     path = options.records or stem.with_suffix(".records.json")
-    each = 2 + len(TUNED_FORMATS) * len(SETTINGS)
-    each += len(TUNED_PRUNINGS) * (3 + 3 * len(TUNED_FORMATS) * len(SETTINGS))
     formats = FORMATS[-1:] if options.smoke else options.formats
-    total = grid_size(formats) + config.seeds * each
+    total = grid_size(formats, config.seeds)
     records = Records(path, asdict(config) | {"smoke": options.smoke}, options.quiet, total)
     measure = Measured(model, data, config)
     one_shot(measure.layers, measure, inputs, records, formats=formats)
+
+    def train(pruning: str | None, seed: int) -> tuple[dict[str, nn.Module], Measured]:
+        found = Measured(fine_tuned(model, data, pruning, config, seed), data, config)
+        return found.layers, found
+
     if options.tuned:
-        tuned(model, data, config, records)
+        tuned(train, inputs, records, config.seeds)
     found = records.found
     result: dict[str, Any] = {"one_shot": {}, "tuned": {}}
     for metric, name in METRICS.items():
         result["one_shot"][metric] = cells(found, metric, name, False)
-        result["tuned"][metric] = tuned_cells(found, metric, config.seeds)
+        result["tuned"][metric] = tuned_cells(found, metric, name, False, config.seeds)
     excesses(result["one_shot"]["loss"], stem, "cross-entropy", 0.01)
     result["records"] = found
     result["wall_seconds"] = time.perf_counter() - started

@@ -237,6 +237,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "tuned, resnet": lambda f: interplay_tables.grid(
             interplay_tables.tuned(f, "resnet", "error")
         ),
+        "tuned, encoder": lambda f: interplay_tables.grid(interplay_tables.tuned(f, "encoder")),
         "gaps": interplay_tables.gaps,
         "equal bytes": interplay_tables.equal_bytes,
         "learned": interplay_tables.learned,
