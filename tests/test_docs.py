@@ -270,11 +270,17 @@ def test_tables_with_results(tables: Any, tmp_path: Path) -> None:
 
 
 def test_links() -> None:
-    """Every relative link and picture on the pages leads to a file."""
+    """Every relative link and picture on the pages leads to a file, and to a heading of it."""
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)]+)\)", text):
-            assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+            name, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / name if name else ROOT / page
+            assert path.exists(), f"{page}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+                assert anchor in anchors, f"{page}: {target}"
 
 
 # ------------------------------------------------------------------ the page of parts
