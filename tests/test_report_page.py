@@ -184,6 +184,17 @@ def test_every_stage_of_every_configuration_is_the_mean_over_its_seeds(report: P
         assert row["missing"] == ("1" if lost and row["stage"] != "direct" else "0")
 
 
+def test_one_reference_on_two_processors_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss differs in the last digits there; another network is another row."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    runs = [run("resnet20", "binary", "lc-sum", seed) for seed in range(3)]
+    runs[1]["reference"]["train_loss"] *= 1 + 1e-6
+    rows = importlib.import_module("report_runs").reference_rows
+    assert len(rows(runs)) == 1
+    runs[2]["reference"]["test_error"] += 0.01
+    assert len(rows(runs)) == 2
+
+
 def test_the_front_holds_what_no_other_row_beats(report: Path) -> None:
     rows = [row for row in table(report) if row["stage"] != "reference"]
     for axis, sign in (("bits_per_weight", 1), ("file_ratio", -1)):
