@@ -213,7 +213,11 @@ CLAIMS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {"digits table": digits, "resnet20 table": resnet20},
+    "README.md": {
+        "digits table": digits,
+        "resnet20 files": lambda f: cifar_tables.repeated(f / "cifar", "resnet20"),
+        "resnet20 table": resnet20,
+    },
     "experiments/README.md": {
         "claims": claims,
         "densities": lambda f: cifar_tables.densities(f / "cifar", NETWORKS),

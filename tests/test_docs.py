@@ -219,7 +219,10 @@ def tables() -> Any:
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "experiments/README.md", "docs/interplay.md", "docs/training-order.md"],
+)
 def test_tables_are_what_the_results_say(tables: Any, page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     message = "run experiments/readme_tables.py"
@@ -231,6 +234,7 @@ def test_tables_without_results(tables: Any, tmp_path: Path) -> None:
     bare = tables.filled(text, tmp_path)
     for name in ("digits", "cifar_resnet"):
         assert re.search(rf"^Not measured yet: run `.*{name}\.py.*`\.$", bare, re.MULTILINE)
+    assert "Not measured yet: `python experiments/sweep.py" in bare
     with pytest.raises(ValueError, match="digits table"):
         tables.filled("no markers", tmp_path)
 
