@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tables import cell, table
+
 Record: TypeAlias = dict[str, Any]
 
 DENSITIES = {
@@ -72,14 +74,6 @@ def values(group: list[Record], point: str, name: str) -> list[float]:
     return [run["points"][point][name] for run in group if point in run["points"]]
 
 
-def cell(numbers: list[float], digits: int = 2) -> str:
-    """Mean, and standard deviation where there are several."""
-    if not numbers:
-        return ""
-    mean = f"{statistics.mean(numbers):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
-
-
 def row(group: list[Record]) -> list[str]:
     """Errors of direct compression, learned, refined; loss of the last; size, seeds, minutes."""
     last = "refined" if "refined" in group[0]["points"] else "learned"
@@ -96,11 +90,6 @@ def row(group: list[Record]) -> list[str]:
 
 HEADER = ["direct", "learned", "refined", "training loss"]
 HEADER += ["bits per weight", "file ratio", "seeds", "minutes", "trained in"]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def command(network: str, scheme: str, epochs: int, method: str = "lc-sum") -> str:

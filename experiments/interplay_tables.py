@@ -11,17 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tables import table
+
 Cell: TypeAlias = dict[str, Any]  # setting, format, pruning, orthogonality
 
 PRUNINGS = ("2:4", "50%", "75%")
 SETTINGS = ("weights", "weights and activations")
 ORDERS = ("S→Q", "Q→S")
 FAMILIES = {"then": "prune, then quantize", "sum": "quantize + exact floats"}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def result(folder: Path, name: str) -> dict[str, Any]:

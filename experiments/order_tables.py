@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tables import cell, table
+
 Record: TypeAlias = dict[str, Any]
 
 ROOT = Path(__file__).parents[1]
@@ -51,19 +53,6 @@ SUPER = ("prune then quantize", "quantize then prune")
 
 def runs(folder: Path) -> list[Record]:
     return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
-
-
-def cell(numbers: list[float], digits: int = 2) -> str:
-    """Mean, and the standard deviation where there are several."""
-    if not numbers:
-        return ""
-    mean = f"{statistics.mean(numbers):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def chosen(found: list[Record], **settings: Any) -> list[Record]:
@@ -114,10 +103,10 @@ def row_or_command(found: list[Record], name: str, given: str, **settings: Any) 
     return row(name, own) if own else [name, missing(found, given), *[""] * (len(COLUMNS) - 1)]
 
 
-def orders(folder: Path, what: str) -> str:
-    """The paper's comparison, at 8 and 4 bits."""
+def orders(folder: Path, what: str, widths: tuple[int, ...] = (8, 4)) -> str:
+    """The paper's comparison."""
     found, rows = runs(folder), []
-    for bits in (8, 4):
+    for bits in widths:
         for order, name in list(ORDERS.items())[: 5 if what == "both" else 4]:
             given = f"--orders {order} --whats {what} --bits {bits}"
             settings = {"order": order, "what": what, "bits": bits}

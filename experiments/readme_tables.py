@@ -14,6 +14,7 @@ from typing import Any
 import cifar_tables
 import interplay_tables
 import order_tables
+from tables import table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -32,12 +33,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def missing(command: str) -> str:
     return f"Not measured yet: run `{command}`."
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table; all columns but the first are numbers."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
 def percent(result: dict[str, Any], name: str, seeds: list[int]) -> str:
@@ -68,7 +63,7 @@ def digits(folder: Path) -> str:
         rows.append([name, direct, *learned, *size(scheme)])
     ways = [WAYS[file["config"]["gradient"]] for file in files]
     header = ["test error, %", "direct compression", *ways, "bits per weight", "ratio to float32"]
-    text = f"{markdown(header, rows)}\n\n{note([run['seeds'] for run in runs])}"
+    text = f"{table(header, rows)}\n\n{note([run['seeds'] for run in runs])}"
     if (folder / "digits.svg").is_file():
         text += f"\n\n![{PLANE}](experiments/results/digits.svg)"
     return text
@@ -94,7 +89,7 @@ def resnet20(folder: Path) -> str:
             error = percent(run, "lc_error", run["seeds"])
             rows.append([name, error, str(run["epochs"]), *size(run)])
     header = ["", "test error, %", "epochs", "bits per weight", "ratio to float32"]
-    return f"{markdown(header, rows)}\n\n{note([run['seeds'] for run in results.values()])}"
+    return f"{table(header, rows)}\n\n{note([run['seeds'] for run in results.values()])}"
 
 
 def note(seeds: list[list[int]]) -> str:
@@ -264,6 +259,10 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "budget, rate 0.03": lambda f: order_tables.budget(f / "training_order_lr03"),
         "references, rate 0.03": lambda f: order_tables.references(f / "training_order_lr03"),
         "weights, rate 0.03": lambda f: order_tables.orders(f / "training_order_lr03", "weights"),
+        "budget, 400 steps": lambda f: order_tables.budget(f / "training_order_400"),
+        "references, 400 steps": lambda f: order_tables.references(f / "training_order_400"),
+        "both, 400 steps": lambda f: order_tables.orders(f / "training_order_400", "both", (8,)),
+        "differences, 400 steps": lambda f: order_tables.differences(f / "training_order_400"),
         "super-resolution": lambda f: order_tables.super_resolution(f / "super_resolution"),
         "super-resolution, differences": lambda f: order_tables.super_differences(
             f / "super_resolution"
