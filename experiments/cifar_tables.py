@@ -132,19 +132,17 @@ def densities(folder: Path, networks: tuple[str, ...]) -> str:
 
 
 def repeated(folder: Path, network: str) -> str:
-    """What was learned with at least three seeds, each scheme with its most epochs, by size: for
-    the first page.
+    """What was learned with at least three seeds and the most epochs, by size: for the first page,
+    where all rows have equal epochs.
     """
-    most: dict[str, list[Record]] = {}
+    all_ = []
     for group in groups(runs(folder)):
         config = group[0]["config"]
-        if (config["network"], config["method"], config["distill"]) != (network, "lc-sum", 0):
-            continue
-        old = most.get(config["scheme"])
-        newer = old is None or config["epochs"] > old[0]["config"]["epochs"]
-        if len(group) >= 3 and newer:
-            most[config["scheme"]] = group
-    found = sorted(most.values(), key=lambda group: -values(group, "learned", "file_ratio")[0])
+        if (config["network"], config["method"], config["distill"]) == (network, "lc-sum", 0):
+            all_ += [group] if len(group) >= 3 else []
+    most = max((group[0]["config"]["epochs"] for group in all_), default=0)
+    found = [group for group in all_ if group[0]["config"]["epochs"] == most]
+    found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     if not found:
         return f"Not measured yet: {command(network, 'binary + sparse 2%', LONG)}"
     reference = f"{found[0][0]['reference']['test_error']:.2f}"
