@@ -70,6 +70,12 @@ def groups(found: Iterable[Record]) -> list[list[Record]]:
     return [sorted_ones[key] for key in sorted(sorted_ones, key=str)]
 
 
+def by_default(folder: Path, network: str) -> list[list[Record]]:
+    """Groups of a network that were learned with the gradient at Δ(θ), without distillation."""
+    wanted = {"network": network, "method": "lc-sum", "distill": 0}
+    return [g for g in groups(runs(folder)) if wanted.items() <= g[0]["config"].items()]
+
+
 def values(group: list[Record], point: str, name: str) -> list[float]:
     return [run["points"][point][name] for run in group if point in run["points"]]
 
@@ -105,20 +111,11 @@ def densities(folder: Path, networks: tuple[str, ...]) -> str:
     """One bit and s exact floats, by network and s, at the most epochs there are; the paper's
     setting is marked as missing where it was not run.
     """
-    found = [
-        group
-        for group in groups(runs(folder))
-        if group[0]["config"]["method"] == "lc-sum" and group[0]["config"]["distill"] == 0
-    ]
     rows = []
     for network in networks:
+        found = by_default(folder, network)
         for share, scheme in DENSITIES.items():
-            own = [
-                group
-                for group in found
-                if (group[0]["config"]["network"], group[0]["config"]["scheme"])
-                == (network, scheme)
-            ]
+            own = [group for group in found if group[0]["config"]["scheme"] == scheme]
             name = f"{network}, {share}"
             if not own:
                 missing = f"needs a GPU: {command(network, scheme, LONG)}"
@@ -135,13 +132,9 @@ def repeated(folder: Path, network: str) -> str:
     """What was learned with at least three seeds and the most epochs, by size: for the first page,
     where all rows have equal epochs.
     """
-    all_ = []
-    for group in groups(runs(folder)):
-        config = group[0]["config"]
-        if (config["network"], config["method"], config["distill"]) == (network, "lc-sum", 0):
-            all_ += [group] if len(group) >= 3 else []
-    most = max((group[0]["config"]["epochs"] for group in all_), default=0)
-    found = [group for group in all_ if group[0]["config"]["epochs"] == most]
+    found = [group for group in by_default(folder, network) if len(group) >= 3]
+    most = max((group[0]["config"]["epochs"] for group in found), default=0)
+    found = [group for group in found if group[0]["config"]["epochs"] == most]
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     if not found:
         return f"Not measured yet: {command(network, 'binary + sparse 2%', LONG)}"
@@ -160,11 +153,9 @@ def repeated(folder: Path, network: str) -> str:
 def trend(folder: Path) -> str:
     """ResNet20, one bit + 2 %, gradient at Δ(θ): what more epochs bring."""
     rows = []
-    for group in groups(runs(folder / "cifar")):
+    for group in by_default(folder / "cifar", "resnet20"):
         config = group[0]["config"]
-        if (config["network"], config["scheme"]) != ("resnet20", DENSITIES["2 %"]):
-            continue
-        if config["method"] == "lc-sum" and config["distill"] == 0:
+        if config["scheme"] == DENSITIES["2 %"]:
             error = values(group, "refined" if config["refine"] else "learned", "test_error")
             form = "bfloat16" if config["bfloat16"] else "float32"
             name = f"`cifar.py`, 50 000 images, 16-bit values, trained in {form}"
@@ -189,13 +180,7 @@ def schemes(folder: Path, network: str, epochs: float, wanted: tuple[str, ...] =
     """Every scheme that was learned with the gradient at Δ(θ) for so many epochs, by size; those
     wanted that were not.
     """
-    found = [
-        group
-        for group in groups(runs(folder))
-        if (group[0]["config"]["network"], group[0]["config"]["epochs"]) == (network, epochs)
-        and group[0]["config"]["method"] == "lc-sum"
-        and group[0]["config"]["distill"] == 0
-    ]
+    found = [g for g in by_default(folder, network) if g[0]["config"]["epochs"] == epochs]
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     rows = [[f"`{g[0]['config']['scheme']}`", g[0]["config"]["family"], *row(g)] for g in found]
     there = {group[0]["config"]["scheme"] for group in found}

@@ -46,18 +46,24 @@ def short(x: float) -> str:
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.4g}" if abs(x) >= 10 else f"{x:.3g}"
 
 
+def better(found: dict[str, Any]) -> int | None:
+    """The order, a place in ORDERS, that is better beyond noise."""
+    (difference,) = found["differences"]
+    if difference["noise"]:
+        return None
+    lower = difference["difference"]["value"] < 0  # the second order gives less
+    return int(lower != found["higher_is_better"])
+
+
 def both(cell: Cell) -> str:
     """Both orders; bold: the better one where they differ beyond noise; + behind a value: more harm
     than that of the parts added up.
     """
     found = cell["orthogonality"]
-    (difference,) = found["differences"]
-    lower = difference["difference"]["value"] < 0  # the second order gives less
-    better = None if difference["noise"] else int(lower != found["higher_is_better"])
-    texts = []
+    best, texts = better(found), []
     for i, one in enumerate(found["combined"]):
         text = short(one["metric"])
-        text = f"**{text}**" if i == better else text
+        text = f"**{text}**" if i == best else text
         texts.append(text + ("+" if one["verdict"] == "non-orthogonal" else ""))
     return " / ".join(texts)
 
@@ -83,20 +89,16 @@ def grid(cells: list[Cell]) -> str:
 
 def counted(name: str, cells: list[Cell]) -> list[str]:
     """In how many cells the orders differ, and in how many the harms do more than add up."""
-    better = dict.fromkeys(ORDERS, 0)
+    wins = [better(cell["orthogonality"]) for cell in cells]
+    won = [str(wins.count(i)) for i in (0, 1, None)]
     verdicts = {order: dict.fromkeys(("non-orthogonal", "orthogonal"), 0) for order in ORDERS}
     for cell in cells:
-        found = cell["orthogonality"]
-        (difference,) = found["differences"]
-        if not difference["noise"]:
-            lower = difference["difference"]["value"] < 0
-            better[ORDERS[int(lower != found["higher_is_better"])]] += 1
-        for one in found["combined"]:
+        for one in cell["orthogonality"]["combined"]:
             if one["verdict"] in verdicts[one["name"]]:
                 verdicts[one["name"]][one["verdict"]] += 1
-    noise = len(cells) - sum(better.values())
-    row = [name, str(len(cells)), str(better["S→Q"]), str(better["Q→S"]), str(noise)]
-    return row + [" / ".join(str(n) for n in verdicts[order].values()) for order in ORDERS]
+    return [name, str(len(cells)), *won] + [
+        " / ".join(str(n) for n in verdicts[order].values()) for order in ORDERS
+    ]
 
 
 MODELS: dict[str, Callable[[Path], list[Cell]]] = {
