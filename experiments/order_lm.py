@@ -27,20 +27,15 @@ import numpy as np
 import torch
 from common import origin, write
 from order_figure import excesses
+from order_grid import FORMATS, PRUNERS, SETTINGS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lc_compress import NM, Format, Part, Sparse, number_format
+from lc_compress import Format, Part, number_format
 from lc_compress.interplay import Orthogonality, orthogonality
 
 RESULTS = Path(__file__).parent / "results"
-FORMATS = ("INT8", "HBFP8", "HBFP6", "MXFP8", "MXFP6", "MXFP4", "INT4")
-PRUNERS: dict[str, Part[Any]] = {
-    "2:4": NM(2, 4),
-    "50%": Sparse(density=0.5),
-    "75%": Sparse(density=0.25),
-}
 CONTEXT, HEADS, EPS, BASE = 256, 6, 1e-5, 10_000.0
 REFERENCE = 2.7631  # perplexity on all windows
 
@@ -230,7 +225,7 @@ def run(model: Llama, data: Tensor, quiet: bool) -> dict[str, Any]:
             pruning: {"S→Q": quantized(weights, form), "Q→S": pruned(codes, PRUNERS[pruning])}
             for pruning, weights in sparse.items()
         }
-        for setting in ("weights", "weights and activations"):
+        for setting in SETTINGS:
             activations = None if setting == "weights" else form
             q = measured(codes, activations)
             for pruning, orders in both.items():

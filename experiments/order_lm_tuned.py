@@ -40,10 +40,9 @@ import numpy as np
 import torch
 from common import add_options, changed, option, origin, write
 from order_figure import excesses
+from order_grid import FORMATS, ORDERS, PRUNERS, SETTINGS, ordered
 from order_lm import (
     CONTEXT,
-    FORMATS,
-    PRUNERS,
     RESULTS,
     Llama,
     compressed,
@@ -64,8 +63,6 @@ from lc_compress.interplay import orthogonality
 
 TRAINED = ("MXFP4", "INT4")
 TRAINED_PRUNERS = ("50%", "2:4")
-SETTINGS = ("weights", "weights and activations")
-ORDERS = ("S→Q", "Q→S")
 Change = Callable[[Tensor], Tensor]
 
 
@@ -94,13 +91,6 @@ def narrowed(model: Llama, texts: list[Tensor]) -> tuple[Llama, list[Tensor]]:
 
 
 # ------------------------------------------------------------------ arms
-
-
-def ordered(w: Tensor, order: str, pruner: Part[Any], form: Format[Any]) -> Tensor:
-    """q(s(w)) or s(q(w))."""
-    if order == "S→Q":
-        return form.quantize(pruner.reconstruct(pruner.project(w)))
-    return pruner.reconstruct(pruner.project(form.quantize(w)))
 
 
 def fine_tuned(
