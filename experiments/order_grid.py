@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,6 @@ PRUNERS: dict[str, Part[Any]] = {
 }
 SETTINGS = ("weights", "weights and activations")
 ORDERS = ("S→Q", "Q→S")
-TUNED_FORMATS = ("MXFP4", "INT4")
-TUNED_PRUNINGS = ("2:4", "75%")
 Weights = dict[str, Tensor]
 Values = dict[str, list[float]]  # metric: one value per batch of the evaluation
 Hook = Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]
@@ -39,6 +38,7 @@ class Records:
     def __init__(self, path: Path, config: Mapping[str, Any], quiet: bool, total: int) -> None:
         self.path, self.config = path, json.loads(json.dumps(dict(config)))
         self.found: dict[str, Any] = {}
+        self.started, self.earlier = time.perf_counter(), 0.0
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["config"] != self.config:
@@ -46,8 +46,13 @@ class Records:
                     f"{path} was made with {content['config']}, asked for is {self.config}: give "
                     "another --records."
                 )
-            self.found = content["found"]
+            self.found, self.earlier = content["found"], content["seconds"]
         self.bar = tqdm(total=total, disable=quiet)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all starts."""
+        return self.earlier + time.perf_counter() - self.started
 
     def get(self, name: str, measure: Callable[[], Any], now: bool = True) -> Any:
         """The measurement; None if it is not there and `now` is false."""
@@ -55,7 +60,8 @@ class Records:
             return None
         if name not in self.found:
             self.found[name] = measure()
-            write(self.path, {"config": self.config, "found": self.found})
+            content = {"config": self.config, "seconds": self.seconds, "found": self.found}
+            write(self.path, content)
         self.bar.update()
         return self.found[name]
 
@@ -172,30 +178,42 @@ def tuned(
     inputs: Callable[[Format[Any]], Hook],
     records: Records,
     seeds: int,
+    formats: Sequence[str] = FORMATS,
 ) -> None:
-    """Dense and sparse networks of every seed, and their quantized versions.
+    """Dense and Q of every seed's dense network, S and both orders of its sparse ones.
 
     train: (pruning or None, seed) → the layers of a network that was fine-tuned so, and its
     measure.
     """
     for seed in range(seeds):
-        for pruning in (None, *TUNED_PRUNINGS):
+        for pruning in (None, *PRUNERS):
             prefix = ("tuned", pruning or "dense", f"seed{seed}")
             wanted = name_of(*prefix, "done")
             if wanted in records.found:
                 continue
             layers, measure = train(pruning, seed)
-            chosen = () if pruning is None else (pruning,)
-            one_shot(layers, measure, inputs, records, prefix, TUNED_FORMATS, chosen)
+            if pruning is None:
+                one_shot(layers, measure, inputs, records, prefix, formats, ())
+            else:
+                sparse(layers, measure, records, pruning, prefix)
+                for form in formats:
+                    for setting in SETTINGS:
+                        hook = None if setting == "weights" else inputs(number_format(form))
+                        both_orders(layers, measure, hook, records, setting, form, pruning, prefix)
             records.get(wanted, lambda: True)
 
 
 def tuned_cells(
-    found: Mapping[str, Any], metric: str, name: str, higher_is_better: bool, seeds: int
+    found: Mapping[str, Any],
+    metric: str,
+    name: str,
+    higher_is_better: bool,
+    seeds: int,
+    formats: Sequence[str] = FORMATS,
 ) -> list[dict[str, Any]]:
     """Over the seeds of which all was measured, if there are at least two."""
     rows: list[dict[str, Any]] = []
-    nets = ("dense", *TUNED_PRUNINGS)
+    nets = ("dense", *PRUNERS)
     done = [
         seed
         for seed in range(seeds)
@@ -209,8 +227,8 @@ def tuned_cells(
         return [sum(found[n][metric]) / len(found[n][metric]) for n in names]
 
     for setting in SETTINGS:
-        for form in TUNED_FORMATS:
-            for pruning in TUNED_PRUNINGS:
+        for form in formats:
+            for pruning in PRUNERS:
                 series = {"dense": each("dense", "dense"), "S": each(pruning, "S", pruning)}
                 series["Q"] = each("dense", "Q", setting, form)
                 for order in ORDERS:
@@ -257,7 +275,7 @@ def cells(
 
 def grid_size(formats: Sequence[str] = FORMATS, seeds: int = 0) -> int:
     """Measurements of a one-shot grid, and of the fine-tuned networks."""
-    each = 2 + len(TUNED_FORMATS) * len(SETTINGS)
-    each += len(TUNED_PRUNINGS) * (3 + 3 * len(TUNED_FORMATS) * len(SETTINGS))
-    one = 1 + len(PRUNERS) + len(formats) * len(SETTINGS) * (1 + 2 * len(PRUNERS))
+    pairs = len(formats) * len(SETTINGS)
+    each = 2 + pairs + len(PRUNERS) * (2 + 2 * pairs)
+    one = 1 + len(PRUNERS) + pairs * (1 + 2 * len(PRUNERS))
     return one + seeds * each
