@@ -27,7 +27,6 @@ import copy
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import ROOT, add_options, changed, option, origin, write
@@ -44,14 +43,15 @@ from order_grid import (
     compressed,
     grid_size,
     one_shot,
+    token_inputs,
     tuned,
     tuned_cells,
 )
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from lc_compress import LC, Format, Sparse
+from lc_compress import LC, Sparse
 
 REFERENCE = 0.8203  # of all pairs
 
@@ -64,14 +64,6 @@ class Config:
     batch: int = field(default=16, metadata={"help": "pairs per step"})
     lr: float = field(default=5e-5, metadata={"help": "of AdamW at the start; falls linearly"})
     seeds: int = 3
-
-
-def inputs(form: Format[Any]) -> Hook:
-    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        x = args[0]
-        return (form.quantize(x.flatten(0, -2)).view(x.shape),)
-
-    return hook
 
 
 def spread(pairs: Pairs, config: Config) -> list[list[int]]:
@@ -149,13 +141,13 @@ def main(argv: list[str]) -> None:
     formats = FORMATS[-1:] if options.smoke else options.formats
     records = Records(path, setup, options.quiet, grid_size(formats, config.seeds))
     run = measure(model, pairs, config)
-    one_shot(linear_layers(model), run, inputs, records, formats=formats)
+    one_shot(linear_layers(model), run, token_inputs, records, formats=formats)
 
     def train(pruning: str | None, seed: int) -> tuple[dict[str, nn.Module], Measure]:
         net = fine_tuned(model, training, pruning, config, seed)
         return linear_layers(net), measure(net, pairs, config)
 
-    tuned(train, inputs, records, config.seeds, formats)
+    tuned(train, token_inputs, records, config.seeds, formats)
     name = "Spearman correlation"
     rows = cells(records.found, "spearman", name, True)
     excesses(rows, stem, name, 0.01)

@@ -82,6 +82,16 @@ def ordered(w: Tensor, order: str, pruner: Part[Any], form: Format[Any]) -> Tens
     return pruned(quantized(w, form), pruner)
 
 
+def token_inputs(form: Format[Any]) -> Hook:
+    """Inputs of a matrix, quantized: rows of the format are tokens."""
+
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0]
+        return (form.quantize(x.flatten(0, -2)).view(x.shape),)
+
+    return hook
+
+
 @contextmanager
 def compressed(
     layers: Mapping[str, nn.Module], weights: Weights, hook: Hook | None

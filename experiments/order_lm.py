@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,23 @@ import numpy as np
 import torch
 from common import origin, write
 from order_figure import excesses
-from order_grid import FORMATS, PRUNERS, SETTINGS
+from order_grid import (
+    FORMATS,
+    PRUNERS,
+    SETTINGS,
+    Hook,
+    Weights,
+    compressed,
+    copies,
+    pruned,
+    quantized,
+    token_inputs,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from lc_compress import Format, Part, number_format
+from lc_compress import number_format
 from lc_compress.interplay import Orthogonality, orthogonality
 
 RESULTS = Path(__file__).parent / "results"
@@ -165,52 +174,17 @@ def check(model: Llama, data: Tensor) -> None:
 # ------------------------------------------------------------------ arms
 
 
-@contextmanager
-def compressed(
-    model: Llama, weights: dict[str, Tensor], activations: Format[Any] | None
-) -> Iterator[None]:
-    """The model with these matrices, and with the inputs of each quantized."""
-
-    def quantized(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        assert activations is not None
-        rows = args[0].flatten(0, -2)  # one scale per token, where scales are per row
-        return (activations.quantize(rows).view(args[0].shape),)
-
-    layers = matrices(model)
-    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    hooks = []
-    try:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.weight.copy_(weights[name])
-                if activations is not None:
-                    hooks.append(layer.register_forward_pre_hook(quantized))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.weight.copy_(before[name])
-
-
-def pruned(weights: dict[str, Tensor], part: Part[Any]) -> dict[str, Tensor]:
-    """One-shot pruning."""
-    return {name: part.reconstruct(part.project(w)) for name, w in weights.items()}
-
-
-def quantized(weights: dict[str, Tensor], form: Format[Any]) -> dict[str, Tensor]:
-    return {name: form.quantize(w) for name, w in weights.items()}
-
-
 def run(model: Llama, data: Tensor, quiet: bool) -> dict[str, Any]:
-    dense = {name: layer.weight.detach().clone() for name, layer in matrices(model).items()}
-    sparse = {name: pruned(dense, part) for name, part in PRUNERS.items()}
+    layers = matrices(model)
+    dense = copies(layers)
+    sparse = {
+        name: {n: pruned(w, part) for n, w in dense.items()} for name, part in PRUNERS.items()
+    }
     total = 1 + len(PRUNERS) + 2 * len(FORMATS) * (1 + 2 * len(PRUNERS))
     bar = tqdm(total=total, disable=quiet, file=sys.stderr)
 
-    def measured(weights: dict[str, Tensor], activations: Format[Any] | None) -> list[float]:
-        with compressed(model, weights, activations):
+    def measured(weights: Weights, hook: Hook | None) -> list[float]:
+        with compressed(layers, weights, hook):
             found = losses(model, data)
         bar.update()
         return found
@@ -220,16 +194,19 @@ def run(model: Llama, data: Tensor, quiet: bool) -> dict[str, Any]:
     cells = []
     for name in FORMATS:
         form = number_format(name)
-        codes = quantized(dense, form)
+        codes = {n: quantized(w, form) for n, w in dense.items()}
         both = {
-            pruning: {"S→Q": quantized(weights, form), "Q→S": pruned(codes, PRUNERS[pruning])}
+            pruning: {
+                "S→Q": {n: quantized(w, form) for n, w in weights.items()},
+                "Q→S": {n: pruned(w, PRUNERS[pruning]) for n, w in codes.items()},
+            }
             for pruning, weights in sparse.items()
         }
         for setting in SETTINGS:
-            activations = None if setting == "weights" else form
-            q = measured(codes, activations)
+            hook = None if setting == "weights" else token_inputs(form)
+            q = measured(codes, hook)
             for pruning, orders in both.items():
-                combined = {order: measured(w, activations) for order, w in orders.items()}
+                combined = {order: measured(w, hook) for order, w in orders.items()}
                 result = orthogonality(
                     "perplexity",
                     dense=base,

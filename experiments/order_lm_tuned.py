@@ -40,17 +40,28 @@ import numpy as np
 import torch
 from common import add_options, changed, option, origin, write
 from order_figure import excesses
-from order_grid import FORMATS, ORDERS, PRUNERS, SETTINGS, ordered
+from order_grid import (
+    FORMATS,
+    ORDERS,
+    PRUNERS,
+    SETTINGS,
+    Hook,
+    Weights,
+    compressed,
+    copies,
+    ordered,
+    pruned,
+    put,
+    quantized,
+    token_inputs,
+)
 from order_lm import (
     CONTEXT,
     RESULTS,
     Llama,
-    compressed,
     losses,
     matrices,
     pretrained,
-    pruned,
-    quantized,
     tiny,
     windows,
 )
@@ -104,7 +115,7 @@ def fine_tuned(
     """A copy of the model, trained with change(w) in place of every matrix w. It holds w."""
     model = copy.deepcopy(start)
     model.words.weight.requires_grad_(False)
-    layers = list(matrices(model).values())
+    layers = matrices(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     batches = order[: config.train].split(config.batch)
@@ -112,26 +123,23 @@ def fine_tuned(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     hooks = []
     if activations is not None:
-        hooks = [layer.register_forward_pre_hook(straight_through(activations)) for layer in layers]
+        hook = straight_through(activations)
+        hooks = [layer.register_forward_pre_hook(hook) for layer in layers.values()]
     for batch in batches:
-        behind = [layer.weight.detach().clone() for layer in layers]
-        show(layers, [change(w) for w in behind])
+        behind = copies(layers)
+        for name, layer in layers.items():
+            put(layer, change(behind[name]))
         logits = model(data[batch, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), data[batch, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        show(layers, behind)
+        for name, layer in layers.items():
+            put(layer, behind[name])
         optimizer.step()
         schedule.step()
     for hook in hooks:
         hook.remove()
     return model.eval()
-
-
-@torch.no_grad()
-def show(layers: list[Any], weights: list[Tensor]) -> None:
-    for layer, w in zip(layers, weights, strict=True):
-        layer.weight.copy_(w)
 
 
 def straight_through(form: Format[Any]) -> Callable[..., tuple[Tensor]]:
@@ -145,35 +153,28 @@ def straight_through(form: Format[Any]) -> Callable[..., tuple[Tensor]]:
     return hook
 
 
-def measured(
-    model: Llama, data: Tensor, weights: dict[str, Tensor], activations: Format[Any] | None
-) -> list[float]:
-    with compressed(model, weights, activations):
+def measured(model: Llama, data: Tensor, weights: Weights, hook: Hook | None) -> list[float]:
+    with compressed(matrices(model), weights, hook):
         return losses(model, data)
-
-
-def activations_of(setting: str, form: Format[Any]) -> Format[Any] | None:
-    return None if setting == "weights" else form
 
 
 def one_shot(model: Llama, data: Tensor, pruner: Part[Any] | None) -> dict[str, Any]:
     """Losses of the fine-tuned model by setting and format: Q of the dense one, both orders of a
     sparse one; and of the model itself.
     """
-    w = {name: layer.weight.detach().clone() for name, layer in matrices(model).items()}
-    found: dict[str, Any] = {
-        "itself": measured(model, data, pruned(w, pruner) if pruner else w, None)
-    }
+    w = copies(matrices(model))
+    kept = {n: pruned(x, pruner) for n, x in w.items()} if pruner else w
+    found: dict[str, Any] = {"itself": measured(model, data, kept, None)}
     for name in FORMATS:
         form = number_format(name)
         if pruner is None:
-            arms = {"Q": quantized(w, form)}
+            arms = {"Q": {n: quantized(x, form) for n, x in w.items()}}
         else:
             arms = {o: {n: ordered(x, o, pruner, form) for n, x in w.items()} for o in ORDERS}
         for setting in SETTINGS:
-            inputs = activations_of(setting, form)
+            hook = None if setting == "weights" else token_inputs(form)
             found[f"{setting}/{name}"] = {
-                arm: measured(model, data, weights, inputs) for arm, weights in arms.items()
+                arm: measured(model, data, weights, hook) for arm, weights in arms.items()
             }
     return found
 
@@ -204,7 +205,7 @@ class Arm:
         both = lambda w: ordered(w, order, pruner, form)  # noqa: E731
         model = fine_tuned(start, train, both, form, config, self.seed)
         weights = {n: both(x.weight.detach()) for n, x in matrices(model).items()}
-        return {"trained": measured(model, data, weights, form)}
+        return {"trained": measured(model, data, weights, token_inputs(form))}
 
 
 def plan(config: Config) -> list[Arm]:

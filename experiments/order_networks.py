@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from common import origin, write
 from networks import network, reference
-from order_lm import FORMATS, PRUNERS, RESULTS, pretrained, tiny
+from order_grid import FORMATS, PRUNERS
+from order_lm import RESULTS, pretrained, tiny
 from torch import nn
 from tqdm import tqdm
 
