@@ -22,14 +22,11 @@ Results:  experiments/results/order_encoder.json, .png, .svg.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
-from common import ROOT, add_options, changed, option, origin, write
 from minilm import Encoder, Pairs, WordPiece, linear_layers, pretrained, similarities, sts, tiny
 from order_figure import excesses
 from order_grid import (
@@ -47,6 +44,7 @@ from order_grid import (
     tuned,
     tuned_cells,
 )
+from order_runs import parser_of, start
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
@@ -105,25 +103,13 @@ def is_weight(p: nn.Parameter, layers: dict[str, nn.Module]) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    config = Config()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("data/minilm"))
-    parser.add_argument("--data", type=Path, default=Path("data/stsb"))
+    parser = parser_of(__doc__, {"model": ("data/minilm", "DIR"), "data": ("data/stsb", "DIR")})
     parser.add_argument("--all-pairs", action="store_true", help="check the reference and stop")
-    parser.add_argument("--records", type=Path, help="file of the measurements")
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
-    parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    add_options(parser, config)
-    options = parser.parse_args(argv)
-    config = replace(config, **{f.name: getattr(options, f.name) for f in fields(Config)})
-    torch.set_num_threads(1)
-    source = origin(__file__)
+    small = {"pairs": 16, "group": 8, "steps": 2, "batch": 4, "seeds": 2}
+    this = start(__file__, parser, Config(), small, argv)
+    config, options = this.config, this.options
     if options.smoke:
-        config = Config(pairs=16, group=8, steps=2, batch=4, seeds=2)
         model, pairs = tiny(), random_pairs(16)
         training = pairs
     else:
@@ -135,11 +121,8 @@ def main(argv: list[str]) -> None:
             found = float(stats.spearmanr(similarities(model, pairs), pairs.scores).statistic)
         print(f"Spearman correlation of {len(pairs.scores)} pairs: {found:.4f} ({REFERENCE})")
         return
-    stem = (options.out or ROOT / "results") / f"order_encoder{'_smoke' if options.smoke else ''}"
-    path = options.records or stem.with_suffix(".records.json")
-    setup = asdict(config) | {"smoke": options.smoke}
     formats = FORMATS[-1:] if options.smoke else options.formats
-    records = Records(path, setup, options.quiet, grid_size(formats, config.seeds))
+    records = Records(this, grid_size(formats, config.seeds))
     run = measure(model, pairs, config)
     one_shot(linear_layers(model), run, token_inputs, records, formats=formats)
 
@@ -150,19 +133,11 @@ def main(argv: list[str]) -> None:
     tuned(train, token_inputs, records, config.seeds, formats)
     name = "Spearman correlation"
     rows = cells(records.found, "spearman", name, True)
-    excesses(rows, stem, name, 0.01)
+    excesses(rows, this.stem, name, 0.01)
     result = {"cells": rows, "records": records.found}
     result["tuned"] = tuned_cells(records.found, "spearman", name, True, config.seeds, formats)
     result["wall_seconds"] = records.seconds
-    chosen = (
-        " --smoke"
-        if options.smoke
-        else "".join(f" {option(k, v)}" for k, v in changed(config).items())
-    )
-    command = f"python experiments/order_encoder.py --model DIR --data DIR{chosen}"
-    write(
-        stem.with_suffix(".json"), {"command": command, "config": setup, "result": result, **source}
-    )
+    this.write(result)
 
 
 def measure(model: Encoder, pairs: Pairs, config: Config) -> Measure:

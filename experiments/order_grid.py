@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from common import write
+from order_runs import Run
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,8 +36,9 @@ _VIEW = Matrix()  # a convolution weight as rows, each one dot product
 class Records:
     """What was measured, by name, in a JSON file: a run that was stopped goes on where it was."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any], quiet: bool, total: int) -> None:
-        self.path, self.config = path, json.loads(json.dumps(dict(config)))
+    def __init__(self, run: Run[Any], total: int) -> None:
+        path = self.path = Path(run.options.records or run.stem.with_suffix(".records.json"))
+        self.config = run.setup
         self.found: dict[str, Any] = {}
         self.started, self.earlier = time.perf_counter(), 0.0
         if path.is_file():
@@ -47,7 +49,7 @@ class Records:
                     "another --records."
                 )
             self.found, self.earlier = content["found"], content["seconds"]
-        self.bar = tqdm(total=total, disable=quiet)
+        self.bar = tqdm(total=total, disable=run.options.quiet)
 
     @property
     def seconds(self) -> float:

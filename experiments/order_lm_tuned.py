@@ -25,20 +25,19 @@ Results:  experiments/results/order_lm_tuned.json (losses of each seed and windo
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import add_options, changed, option, origin, write
+from common import write
 from order_figure import excesses
 from order_grid import (
     FORMATS,
@@ -57,7 +56,6 @@ from order_grid import (
 )
 from order_lm import (
     CONTEXT,
-    RESULTS,
     Llama,
     losses,
     matrices,
@@ -65,6 +63,7 @@ from order_lm import (
     tiny,
     windows,
 )
+from order_runs import parser_of, start
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -341,24 +340,12 @@ def spread(values: Any) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    config = Config()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--weights", type=Path, default=Path("data/stories15m"))
-    parser.add_argument("--data", type=Path, default=Path("data/tinystories"))
-    parser.add_argument("--records", type=Path, help="folder of the arms' records")
+    inputs = {"weights": ("data/stories15m", "DIR"), "data": ("data/tinystories", "DIR")}
+    parser = parser_of(__doc__, inputs)
     parser.add_argument("--only", default="*", help="arms to run now, a glob: 50_*_seed0")
-    parser.add_argument("--smoke", action="store_true", help="a tiny random model, in seconds")
-    parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    add_options(parser, config)
-    options = parser.parse_args(argv)
-    config = replace(config, **{f.name: getattr(options, f.name) for f in fields(Config)})
-    torch.set_num_threads(1)
-    source, started = origin(__file__), time.perf_counter()
+    this = start(__file__, parser, Config(), {"train": 4, "windows": 2, "seeds": 2}, argv)
+    config, options, started = this.config, this.options, time.perf_counter()
     if options.smoke:
-        config = replace(config, train=4, windows=2, seeds=2)
         generator = torch.Generator().manual_seed(0)
         model = tiny()
         train, data = (torch.randint(0, 64, (n, 17), generator=generator) for n in (8, 2))
@@ -368,11 +355,10 @@ def main(argv: list[str]) -> None:
         data = data[torch.linspace(0, len(data) - 1, config.windows).round().long()]
     words = model.words.num_embeddings
     model, (train, data) = narrowed(model, [train, data])
-    stem = (options.out or RESULTS) / f"order_lm_tuned{'_smoke' if options.smoke else ''}"
-    folder = options.records or stem.with_suffix("")
+    folder = options.records or this.stem.with_suffix("")
     found = records(model, train, data, config, folder, options.only, options.quiet)
     rows, split = cells(found, config.seeds), gaps(found, config.seeds)
-    excesses(rows, stem, "perplexity", 0.02)
+    excesses(rows, this.stem, "perplexity", 0.02)
     for row in split:
         print(row["pruning"], row["format"], row["published_gap"], row["order"], row["training"])
     result = {
@@ -383,14 +369,7 @@ def main(argv: list[str]) -> None:
         "wall_seconds": time.perf_counter() - started,
         "cpu_seconds": sum(content["cpu_seconds"] for content in found.values()),
     }
-    chosen = (
-        " --smoke"
-        if options.smoke
-        else "".join(f" {option(k, v)}" for k, v in changed(config).items())
-    )
-    command = f"python experiments/order_lm_tuned.py --weights DIR --data DIR{chosen}"
-    content = {"command": command, "config": asdict(config) | {"smoke": options.smoke}}
-    write(stem.with_suffix(".json"), content | {"result": result, **source})
+    this.write(result)
 
 
 if __name__ == "__main__":

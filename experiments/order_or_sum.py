@@ -23,8 +23,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,9 @@ import order_lm
 import order_lm_tuned
 import order_resnet
 import torch
-from common import ROOT, add_options, changed, option, origin, write
 from networks import network, reference
 from order_grid import Records, Weights, compressed, copies
+from order_runs import parser_of, start
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import images
@@ -286,29 +285,14 @@ def learning(
 
 
 def main(argv: list[str]) -> None:
-    config = Config()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", default="data", help="folder of CIFAR-10's binary version")
-    parser.add_argument("--weights", default="resnet20-12fca82f.th")
-    parser.add_argument("--lm", type=Path, default=Path("data/stories15m"))
-    parser.add_argument("--text", type=Path, default=Path("data/tinystories"))
-    parser.add_argument("--records", type=Path, help="file of the measurements")
+    inputs = {"data": ("data", "DIR"), "weights": ("resnet20-12fca82f.th", "FILE")}
+    inputs |= {"lm": ("data/stories15m", "DIR"), "text": ("data/tinystories", "DIR")}
+    parser = parser_of(__doc__, inputs)
     parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, help="to measure now")
-    parser.add_argument("--smoke", action="store_true", help="tiny random networks, in seconds")
-    parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    add_options(parser, config)
-    options = parser.parse_args(argv)
-    config = replace(config, **{f.name: getattr(options, f.name) for f in fields(Config)})
-    torch.set_num_threads(1)
-    source = origin(__file__)
-    if options.smoke:
-        config = replace(config, images=8, windows=2, train=4, every=1, seeds=2)
-    stem = (options.out or ROOT / "results") / f"order_or_sum{'_smoke' if options.smoke else ''}"
-    path = options.records or stem.with_suffix(".records.json")
-    records = Records(path, asdict(config) | {"smoke": options.smoke}, options.quiet, 0)
+    small = {"images": 8, "windows": 2, "train": 4, "every": 1, "seeds": 2}
+    this = start(__file__, parser, Config(), small, argv)
+    config, options = this.config, this.options
+    records = Records(this, 0)
     text = Text(options, config)
     nets = dict(zip(NETS, (resnet(options, config), text.network()), strict=True))
     sizes = {"ResNet20": (1.5, 2.0, 3.0, 4.0), "stories15M": (2.0, 3.0)}
@@ -325,14 +309,7 @@ def main(argv: list[str]) -> None:
         now = f"selection, {name}" in options.steps
         result["selection"] += selection(name, net, records, now)
     result["wall_seconds"] = records.seconds
-    chosen = (
-        " --smoke"
-        if options.smoke
-        else "".join(f" {option(k, v)}" for k, v in changed(config).items())
-    )
-    command = "python experiments/order_or_sum.py --data DIR --weights FILE --lm DIR --text DIR"
-    content = {"command": f"{command}{chosen}", "config": asdict(config) | {"smoke": options.smoke}}
-    write(stem.with_suffix(".json"), content | {"result": result, **source})
+    this.write(result)
 
 
 if __name__ == "__main__":

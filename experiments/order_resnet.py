@@ -22,12 +22,10 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import ROOT, add_options, changed, option, origin, write
 from data import normalized
 from networks import network, reference
 from order_figure import excesses
@@ -44,6 +42,7 @@ from order_grid import (
     tuned,
     tuned_cells,
 )
+from order_runs import parser_of, start
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import CALIBRATION, Images, batches, images
@@ -133,34 +132,20 @@ def fine_tuned(
 
 
 def main(argv: list[str]) -> None:
-    config = Config()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", default="data", help="folder of CIFAR-10's binary version")
-    parser.add_argument("--weights", default="resnet20-12fca82f.th")
-    parser.add_argument("--records", type=Path, help="file of the measurements")
+    inputs_ = {"data": ("data", "DIR"), "weights": ("resnet20-12fca82f.th", "FILE")}
+    parser = parser_of(__doc__, inputs_)
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=FORMATS)
     parser.add_argument("--tuned", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--smoke", action="store_true", help="ResNet8, random, in seconds")
-    parser.add_argument("--quiet", action="store_true")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    add_options(parser, config)
-    options = parser.parse_args(argv)
-    config = replace(config, **{f.name: getattr(options, f.name) for f in fields(Config)})
-    torch.set_num_threads(1)
-    source = origin(__file__)
+    small = {"images": 16, "group": 4, "batch": 8, "calibration": 1, "steps": 1, "seeds": 2}
+    this = start(__file__, parser, Config(), small, argv)
+    config, options = this.config, this.options
     if options.smoke:
-        config = replace(config, images=16, group=4, batch=8, calibration=1, steps=1, seeds=2)
         torch.manual_seed(0)
     model = network("resnet8") if options.smoke else reference("resnet20", options.weights)
     model = model.eval()
     data = images(options.data, torch.device("cpu"), options.smoke)
-    stem = (options.out or ROOT / "results") / f"order_resnet{'_smoke' if options.smoke else ''}"
-    path = options.records or stem.with_suffix(".records.json")
     formats = FORMATS[-1:] if options.smoke else options.formats
-    total = grid_size(formats, config.seeds)
-    records = Records(path, asdict(config) | {"smoke": options.smoke}, options.quiet, total)
+    records = Records(this, grid_size(formats, config.seeds))
     measure = Measured(model, data, config)
     one_shot(measure.layers, measure, inputs, records, formats=formats)
 
@@ -175,17 +160,10 @@ def main(argv: list[str]) -> None:
     for metric, name in METRICS.items():
         result["one_shot"][metric] = cells(found, metric, name, False)
         result["tuned"][metric] = tuned_cells(found, metric, name, False, config.seeds, formats)
-    excesses(result["one_shot"]["loss"], stem, "cross-entropy", 0.01)
+    excesses(result["one_shot"]["loss"], this.stem, "cross-entropy", 0.01)
     result["records"] = found
     result["wall_seconds"] = records.seconds
-    chosen = (
-        " --smoke"
-        if options.smoke
-        else "".join(f" {option(k, v)}" for k, v in changed(config).items())
-    )
-    command = f"python experiments/order_resnet.py --data DIR --weights FILE{chosen}"
-    content = {"command": command, "config": asdict(config) | {"smoke": options.smoke}}
-    write(stem.with_suffix(".json"), content | {"result": result, **source})
+    this.write(result)
 
 
 if __name__ == "__main__":
