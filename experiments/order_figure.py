@@ -11,7 +11,7 @@ STYLE = {"S→Q": ("o", "#0072B2", -0.14), "Q→S": ("s", "#D55E00", 0.14)}
 
 def excesses(cells: list[dict[str, Any]], stem: Path, metric: str, linear: float) -> None:
     """For each setting (rows) and pruning (columns), over the formats, with intervals. Written as
-    stem.png and stem.svg.
+    stem.png and stem.svg; no cells, no figure.
 
     cells: with setting, pruning, format and the `dicts()` of an orthogonality.   metric: with its
     unit.   linear: up to which excess the axis is linear; beyond, logarithmic.
@@ -20,6 +20,8 @@ def excesses(cells: list[dict[str, Any]], stem: Path, metric: str, linear: float
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if not cells:
+        return
     stem.parent.mkdir(parents=True, exist_ok=True)
     settings, prunings = (
         list(dict.fromkeys(c[key] for c in cells)) for key in ("setting", "pruning")

@@ -14,7 +14,7 @@ fine-tuned    the same after a short sparse fine-tuning, `LC(gradient="sum")` at
 
 Run:      python experiments/order_resnet.py --data DIR --weights resnet20-12fca82f.th
           Stopped, it goes on where it was: each measurement goes into --records.
-Results:  experiments/results/order_resnet.json, .png, .svg.
+Results:  experiments/results/order_resnet.json, .png, .svg; order_resnet_tuned.png, .svg.
 """
 
 from __future__ import annotations
@@ -161,6 +161,8 @@ def main(argv: list[str]) -> None:
         result["one_shot"][metric] = cells(found, metric, name, False)
         result["tuned"][metric] = tuned_cells(found, metric, name, False, config.seeds, formats)
     excesses(result["one_shot"]["loss"], this.stem, "cross-entropy", 0.01)
+    stem = this.stem.with_name(f"{this.stem.name}_tuned")
+    excesses(result["tuned"]["loss"], stem, "cross-entropy", 0.01)
     result["records"] = found
     result["wall_seconds"] = records.seconds
     this.write(result)
