@@ -5,7 +5,7 @@ on pairs of the STS benchmark's test set: a metric of which more is better. Prun
 the 36 matrices of the layers, embeddings stay float32. Two settings: weights only, and weights and
 activations, where each matrix gets its inputs in the same format, one scale per token where scales
 are per row. The metric is the mean of the correlations within groups of pairs, which all cells
-share; 95 % intervals (BCa) are over these groups.
+share; 95 % t intervals are over these groups.
 
 one shot      {2:4, 50 %, 75 %} × 7 formats.
 fine-tuned    the same after a short sparse fine-tuning on pairs of the training set,

@@ -4,7 +4,7 @@ The 15 M-parameter model of TinyStories (llama2.c), perplexity on windows of the
 Pruned and quantized are the 42 matrices of the blocks; the embedding, which is also the head, stays
 float32. Two settings: weights only, and weights and activations, where every quantized matrix gets
 its inputs in the same format. For each pruning and format: dense, S, Q, S→Q and Q→S, the
-orthogonality threshold EM(S) + EM(Q) − EM(dense) and the excess over it, with 95 % BCa bootstrap
+orthogonality threshold EM(S) + EM(Q) − EM(dense) and the excess over it, with 95 % t
 intervals over the windows, which all settings share. `order_lm_tuned.py` fine-tunes first.
 
 Run:      python experiments/order_lm.py --weights DIR --data DIR [--windows 8]

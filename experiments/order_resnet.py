@@ -6,7 +6,7 @@ input quantized in the same format along the channels of each pixel. BatchNorm i
 every compressed network on augmented training images; nothing is chosen on test images.
 
 one shot      {2:4, 50 %, 75 %} × 7 formats: dense, S, Q, S→Q, Q→S, the threshold EM(S) + EM(Q) −
-              EM(dense) and the excess over it, with 95 % BCa intervals over groups of test images,
+              EM(dense) and the excess over it, with 95 % t intervals over groups of test images,
               which all cells share.
 fine-tuned    the same after a short sparse fine-tuning, `LC(gradient="sum")` at
               μ = 0, over seeds; dense: fine-tuned as long, not pruned. Both orders start from the

@@ -19,7 +19,6 @@ from ..metrics import table, written
 Floats = npt.NDArray[np.float64]
 Values = Sequence[float] | Floats | float
 Verdict = Literal["orthogonal", "non-orthogonal", "inconclusive"]
-_FEW = 8  # below this, resampling sees too few values: a t interval
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,6 @@ def orthogonality(
     transform: Callable[[Floats], Floats] | None = None,
     confidence: float = 0.95,
     rounding: float | None = None,
-    n_boot: int = 2000,
-    seed: int = 0,
 ) -> Orthogonality:
     """Whether the harm of parts together exceeds the sum of their harms.
 
@@ -149,10 +146,10 @@ def orthogonality(
     to the last bit do not differ, however sure the interval.
 
     Values are those of seeds or of evaluation batches, paired by position: the i-th of every
-    sequence was measured with the same seed or on the same batch. All are resampled together. From
-    8 values on, intervals are BCa bootstrap intervals; with fewer, t intervals around jackknife
-    standard errors (for a mean, the usual t interval), since resampling a handful of values
-    understates their spread.
+    sequence was measured with the same seed or on the same batch. Intervals are t intervals around
+    jackknife standard errors, all values at one position left out together; for a mean, the usual
+    paired t interval. (Resampling understates the spread of few values: of 95 % bootstrap BCa
+    intervals of 8 Gaussian values 86 % hold the truth, of 20 90 %; of these 96 % and 98 %.)
 
     Args:
         metric: its name, such as "perplexity".
@@ -165,13 +162,12 @@ def orthogonality(
             all batches, not a mean of perplexities.
         confidence: of the intervals.
         rounding: of the metric; None: 1e-6 of its largest mean, as float32 evaluation leaves it.
-        n_boot: resamples.
-        seed: of the resampling.
 
     Raises:
         TypeError: `higher_is_better` is not stated.
-        ValueError: no part or nothing combined, unequal lengths, fewer than 2 values, values that
-            are not finite, `confidence`, `rounding` or `n_boot` out of range.
+        ValueError: no part or nothing combined, a name twice, unequal lengths, fewer than 2 values,
+            values that are not finite or that `transform` makes so, `confidence` or `rounding` out
+            of range.
 
     Source: papers/sparsity-quantization-order.md, section 3 equation 12 and section 11.
     """
@@ -182,22 +178,30 @@ def orthogonality(
         )
     if not parts or not combined:
         raise ValueError("orthogonality: `parts` and `combined` need at least one entry each.")
-    if not 0 < confidence < 1 or n_boot < 100:
+    names = ["dense", *parts, *combined]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
-            f"orthogonality: confidence must be in (0, 1), got {confidence}, and n_boot at least "
-            f"100, got {n_boot}."
+            f"orthogonality: {twice} stands for two things; `parts` and `combined` need names of "
+            "their own, and 'dense' is that of the uncompressed model."
         )
+    if not 0 < confidence < 1:
+        raise ValueError(f"orthogonality: confidence must be in (0, 1), got {confidence}.")
     if rounding is not None and not 0 <= rounding < math.inf:
         raise ValueError(f"orthogonality: rounding must be finite and at least 0, got {rounding}.")
     sign, k = (-1 if higher_is_better else 1), len(parts)
     columns = _columns({"dense": dense} | _named("part", parts) | _named("combined", combined))
-    count = columns.shape[1]
-    means = dict(zip(("dense", *parts, *combined), _metrics(columns, transform), strict=True))
+    means = dict(zip(names, _metrics(columns, transform), strict=True))
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"orthogonality: the {metric} of {name!r} is {value}: `transform` makes it so of "
+                f"the mean {columns[names.index(name)].mean():.6g}."
+            )
     if rounding is None:
         rounding = 1e-6 * max(abs(x) for x in means.values())
 
     def interval(coefficients: Sequence[float]) -> Interval:
-        return _interval(columns, np.array(coefficients), transform, confidence, n_boot, seed)
+        return _interval(columns, np.array(coefficients), transform, confidence)
 
     def unit(*signed: tuple[int, int]) -> list[float]:
         return [dict(signed).get(i, 0) for i in range(len(combined))]
@@ -211,12 +215,12 @@ def orthogonality(
         Difference(a, b, interval([0, *[0] * k, *unit((i, -1), (j, 1))]), rounding)
         for (i, a), (j, b) in pairs
     )
-    few = count < _FEW
+    count = columns.shape[1]
     return Orthogonality(
         metric=metric,
         higher_is_better=higher_is_better,
         values=count,
-        interval=f"t, of {count} values" if few else f"BCa bootstrap, {n_boot} of {count} values",
+        interval=f"t, of {count} values",
         confidence=confidence,
         rounding=rounding,
         dense=means["dense"],
@@ -261,7 +265,8 @@ def _columns(named: Mapping[str, Values]) -> Floats:
 
 def _metrics(columns: Floats, transform: Callable[[Floats], Floats] | None) -> list[float]:
     means = columns.mean(axis=-1)
-    return [float(x) for x in (means if transform is None else transform(means))]
+    with np.errstate(all="ignore"):  # what is not finite is refused by name
+        return [float(x) for x in (means if transform is None else transform(means))]
 
 
 def _interval(
@@ -269,34 +274,25 @@ def _interval(
     coefficients: Floats,
     transform: Callable[[Floats], Floats] | None,
     confidence: float,
-    n_boot: int,
-    seed: int,
 ) -> Interval:
     """Of Σ coefficient · EM(series)."""
 
-    def statistic(*series: Floats, axis: int = -1) -> Floats:
-        means = np.stack([x.mean(axis=axis) for x in series])
-        means = means if transform is None else np.asarray(transform(means))
-        return np.tensordot(coefficients, means, axes=1)
+    def statistic(means: Floats) -> Floats:
+        metrics = means if transform is None else np.asarray(transform(means))
+        return np.tensordot(coefficients, metrics, axes=1)
 
-    value = float(statistic(*columns))
+    value = float(statistic(columns.mean(axis=1)))
     count = columns.shape[1]
-    without = np.array([float(statistic(*np.delete(columns, i, axis=1))) for i in range(count)])
-    spread = float(without.std())
-    if spread <= 1e-14 * max(1.0, abs(value)):  # all values agree: nothing to resample
+    with np.errstate(all="ignore"):
+        without = statistic((columns.sum(axis=1, keepdims=True) - columns) / (count - 1))
+        spread = float(without.std())
+    if not math.isfinite(spread):
+        raise ValueError(
+            "orthogonality: without one of the values, `transform` gives NaN or inf; its interval "
+            "is not known."
+        )
+    if spread <= 1e-14 * max(1.0, abs(value)):  # all values agree
         return Interval(value, value, value)
-    if count < _FEW:
-        error = math.sqrt(count - 1) * spread  # jackknife
-        reach = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
-        return Interval(value, value - reach, value + reach)
-    found = stats.bootstrap(
-        tuple(columns),
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=n_boot,
-        confidence_level=confidence,
-        method="BCa",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(value, float(found.low), float(found.high))
+    error = math.sqrt(count - 1) * spread  # jackknife
+    reach = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
+    return Interval(value, value - reach, value + reach)
