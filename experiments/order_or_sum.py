@@ -57,10 +57,10 @@ STEPS = (*NETS, *(f"selection, {name}" for name in NETS), "learned")
 @dataclass(frozen=True)
 class Config:
     images: int = field(default=1000, metadata={"help": "test images, the first ones"})
-    windows: int = field(default=4, metadata={"help": "of validation text"})
-    train: int = field(default=48, metadata={"help": "windows of training text, learned"})
+    windows: int = field(default=8, metadata={"help": "of validation text"})
+    train: int = field(default=384, metadata={"help": "windows of training text, learned"})
     batch: int = field(default=2, metadata={"help": "windows per step"})
-    every: int = field(default=6, metadata={"help": "optimizer steps between C steps"})
+    every: int = field(default=12, metadata={"help": "optimizer steps between C steps"})
     lr: float = 1e-4
     seeds: int = 3
 
@@ -81,25 +81,26 @@ def made(family: str, width: int, density: float) -> Part[Any]:
     return integers(width) + Sparse(density=density, value_dtype=HALF)
 
 
-def entropy(density: float) -> float:
-    """Bits per weight for which of them are kept."""
-    return -sum(p * math.log2(p) for p in (density, 1 - density) if p > 0)
+def positions(density: float, weights: list[Tensor]) -> float:
+    """Bits per weight for where the largest ones are, as they are stored."""
+    part = Sparse(density=density, value_dtype=HALF)
+    states = [part.project(w) for w in weights]
+    bits = sum(part.bits(x) - 16 * x.values.numel() for x in states)
+    return bits / sum(w.numel() for w in weights)
 
 
-def fitting(family: str, width: int, bits: float, shapes: list[torch.Size]) -> float | None:
+def fitting(family: str, width: int, bits: float, weights: list[Tensor]) -> float | None:
     """The density at which the part takes so many bits per weight; None without room for 0.1 %."""
-    total = sum(shape.numel() for shape in shapes)
-    scales = 16 * sum(shape[0] for shape in shapes) / total
+    scales = 16 * sum(w.shape[0] for w in weights) / sum(w.numel() for w in weights)
 
     def size(density: float) -> float:
-        if family == "then":
-            return density * width + entropy(density) + scales
-        return width + density * 16 + entropy(density) + scales
+        each, fixed = (width, 0) if family == "then" else (16, width)
+        return fixed + density * each + positions(density, weights) + scales
 
     low, high = 0.001, 0.5 if family == "sum" else 0.95
     if size(low) > bits or size(high) < bits:
         return None
-    for _ in range(40):
+    for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if size(middle) < bits else (low, middle)
     return low
@@ -112,13 +113,13 @@ class Network:
     """The layers that are compressed, and the loss on test data with given weights."""
 
     def __init__(
-        self, layers: dict[str, nn.Module], measure: Callable[[Weights], dict[str, float]]
+        self, layers: dict[str, nn.Module], measure: Callable[[Weights], dict[str, Any]]
     ) -> None:
         self.layers, self.measure = layers, measure
         self.weights = copies(layers)
         self.shown = {name: VIEW.show(w) for name, w in self.weights.items()}
 
-    def direct(self, make: Callable[[Tensor], tuple[Tensor, int]]) -> dict[str, float]:
+    def direct(self, make: Callable[[Tensor], tuple[Tensor, int]]) -> dict[str, Any]:
         """Each weight replaced by what `make` gives, with its bits; bits per weight, relative
         error, and the measures.
         """
@@ -130,7 +131,7 @@ class Network:
             norm += float(w.double().square().sum())
             weights[name] = VIEW.restore(delta, self.weights[name].shape)
         count = sum(w.numel() for w in self.shown.values())
-        found = {"bits": bits / count, "error": math.sqrt(error / norm)}
+        found: dict[str, Any] = {"bits": bits / count, "error": math.sqrt(error / norm)}
         return found | self.measure(weights)
 
 
@@ -160,9 +161,10 @@ def resnet(options: argparse.Namespace, config: Config) -> Network:
     setup = order_resnet.Config(**({"images": config.images, "group": 50} | small))
     measured = order_resnet.Measured(model.eval(), data, setup)
 
-    def measure(weights: Weights) -> dict[str, float]:
+    def measure(weights: Weights) -> dict[str, Any]:
         found = measured(weights, None)
-        return {"loss": float(np.mean(found["loss"])), "test_error": float(np.mean(found["error"]))}
+        loss, error = (float(np.mean(found[name])) for name in ("loss", "error"))
+        return {"loss": loss, "losses": found["loss"], "test_error": error}
 
     return Network(measured.layers, measure)
 
@@ -186,10 +188,11 @@ class Text:
     def network(self) -> Network:
         layers: dict[str, nn.Module] = dict(order_lm.matrices(self.model))
 
-        def measure(weights: Weights) -> dict[str, float]:
+        def measure(weights: Weights) -> dict[str, Any]:
             with compressed(layers, weights, None):
-                loss = float(np.mean(order_lm.losses(self.model, self.test)))
-            return {"loss": loss, "perplexity": math.exp(loss)}
+                losses = order_lm.losses(self.model, self.test)
+            loss = float(np.mean(losses))
+            return {"loss": loss, "losses": losses, "perplexity": math.exp(loss)}
 
         return Network(layers, measure)
 
@@ -201,11 +204,11 @@ def one_shot(
     name: str, net: Network, sizes: tuple[float, ...], records: Records, now: bool
 ) -> list[dict[str, Any]]:
     rows = []
-    shapes = [w.shape for w in net.shown.values()]
+    weights = list(net.shown.values())
     for bits in sizes:
         for family, widths in WIDTHS.items():
             for width in widths:
-                density = fitting(family, width, bits, shapes)
+                density = fitting(family, width, bits, weights)
                 if density is None:
                     continue
                 part = made(family, width, density)
