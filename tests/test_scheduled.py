@@ -26,10 +26,12 @@ from lc_compress import (
     Int,
     Joint,
     KMeans,
+    Matrix,
     Part,
     Sparse,
     SparsePenalty,
     constant,
+    each,
     gradients,
     load,
     save,
@@ -204,11 +206,29 @@ def test_a_plan_shows_itself(tmp_path: Path) -> None:
         (lambda: Plan(100, prune=Cubic(40, 0.3, 4)), r"overlaps itself.*\[40, 41, 41, 41\]"),
         (lambda: prune_then_quantize(10), "overlaps itself"),
         (lambda: Plan(100, quantize=Cubic(1, 1)), "give a Delay"),  # type: ignore[arg-type]
+        (lambda: Cubic(1, 2, 4.0), "a whole number"),  # type: ignore[arg-type]
+        (lambda: Cubic(1, 2, math.nan), "a whole number"),  # type: ignore[arg-type]
+        (lambda: Cubic("1", 2), "times are numbers, got '1'"),  # type: ignore[arg-type]
+        (lambda: Delay(None), "times are numbers, got None"),  # type: ignore[arg-type]
+        (lambda: Plan(100, quantize=50), r"quantize=50: give Delay\(when\)"),  # type: ignore[arg-type]
+        (lambda: Plan(100, prune_activations=PART), "Cubic.*or None for never"),  # type: ignore[arg-type]
     ],
 )
 def test_plans_that_cannot_be(build: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         build()
+
+
+def test_a_plan_of_another_length_keeps_its_unit() -> None:
+    plan = prune_then_quantize(100, steps_per_epoch=10)
+    assert plan.scaled(25) == prune_then_quantize(25, steps_per_epoch=10)
+    assert plan.scaled(25, 1) == prune_then_quantize(25)
+    assert plan.only("quantize") == Plan(100, quantize=Delay(92), steps_per_epoch=10)
+
+
+def test_a_timeline_shows_the_first_and_the_last_step() -> None:
+    first, last = (str(Plan(1000, quantize=Delay(at))).split()[-3] for at in (0, 999))
+    assert first == "█" * 40 and last == "·" * 39 + "█"
 
 
 # ------------------------------------------------------------------ T12: performance density
@@ -429,6 +449,25 @@ def test_the_scale_is_frozen_and_codes_follow() -> None:
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize("part", [FixedPoint(4).over(Matrix()), Joint("*.weight")], ids=str)
+def test_scales_are_frozen_behind_views_and_in_groups(part: Any) -> None:
+    weights = {part: each(FixedPoint(4))} if isinstance(part, Joint) else {"conv2.weight": part}
+    model, optimizer, run = started(Plan(20, quantize=Delay(4)), weights, net())
+    train(model, optimizer, 0, 4)
+    (task,) = run.tasks
+    before = [n for n in task.arrays()["inner"] if "exponents" in n]
+    exponents = {name: task.arrays()["inner"][name] for name in before}
+    assert exponents
+    with torch.no_grad():
+        for w in task.weights:
+            w.mul_(8)
+    train(model, optimizer, 4, 5)
+    assert same({name: task.arrays()["inner"][name] for name in before}, exponents)
+    again = FixedPoint(4).project(task.weights[-1]).exponents
+    assert not any(torch.equal(x.reshape(-1), again.reshape(-1)) for x in exponents.values())
+    assert model.conv2.weight.unique().numel() <= 16
+
+
 def test_inside_the_step_the_parameters_hold_w() -> None:
     model, optimizer, run = only(Plan(9, quantize=Delay(0)), FixedPoint(2))
     seen: list[Tensor] = []
@@ -518,6 +557,20 @@ def test_other_plans_for_some() -> None:
     assert zeros(model.fc.weight) >= 24
 
 
+def test_a_run_shows_the_plans_that_apply() -> None:
+    _, _, run = only(prune_then_quantize(30), Sparse(density=0.5), plans={"fc*": together(30)})
+    rows = [line[:20] for line in str(run).splitlines()]
+    assert rows == [
+        "plan of 30 steps",
+        "weights     prune   ",
+        "fc*: plan of 30 step",
+        "weights     prune   ",
+        "step 0 of 30: nothin",
+    ]
+    _, _, run = started(together(30), {})
+    assert str(run).count("activations ") == 2 and "weights" not in str(run)
+
+
 def test_a_skipped_step_is_no_step() -> None:
     model, optimizer, run = only(Plan(9, prune=Delay(1)), Sparse(density=0.5))
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
@@ -595,6 +648,30 @@ def test_formats_with_their_own_scales() -> None:
     assert x.grad is not None and bool((x.grad == 1).all())
 
 
+def test_channels_that_have_no_scale() -> None:
+    module = ActivationQuantizer(FixedPoint(4, axis=1), shape=(3, 5, 5))
+    assert module(torch.ones(2, 3, 7, 9)).shape == (2, 3, 7, 9)
+    for channels in (1, 4):
+        with pytest.raises(ValueError, match=r"has 3 scales along axis 1, got .*One scale per ten"):
+            module(torch.ones(2, channels, 5, 5))
+
+
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
+def test_casts_leave_scales_and_shares_as_they_are(cast: torch.dtype) -> None:
+    quantizer, pruner = ActivationQuantizer(FixedPoint(16), (3,)), ActivationPruner(0.3, "dynamic")
+    quantizer.begin(1, 8)
+    quantizer(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    quantizer.switch()
+    pruner.switch(1.0)
+    module = nn.Sequential(quantizer, pruner)
+    before = copy.deepcopy(module.state_dict())
+    module.to(cast)
+    assert same(module.state_dict(), before)
+    x = torch.arange(1, 300_001).view(1, -1).to(torch.bfloat16)
+    assert 0.68 < float((pruner(x) != 0).double().mean()) < 0.75
+    assert module.to("meta")[0].step.device.type == "meta"
+
+
 @pytest.mark.parametrize(("kind", "window"), [("map", 16), ("channel", 16), ("map", 9999)])
 def test_static_masks_are_of_the_window(kind: Any, window: int) -> None:
     """16 examples are two steps; a long window reaches back to the event before."""
@@ -668,8 +745,17 @@ def test_pruning_behind_a_relu_is_warned_of() -> None:
     module = ActivationPruner(0.4, shape=(5,))
     module.begin(1, 2)
     module(torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0]] * 2))
-    with pytest.warns(UserWarning, match="prunes 2 of 5 activations, which were 0"):
+    with pytest.warns(UserWarning, match="prunes 2 of 5 activations, 0 in the whole window"):
         module.switch(1.0)
+    module = ActivationPruner(0.4, "dynamic")
+    x = torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0]] * 2)
+    module(x)  # not on yet
+    module.switch(1.0)
+    with pytest.warns(UserWarning, match="40% of each example, all of them 0 already"):
+        module(x)
+    module(x)  # once is enough
+    module.switch(1.0)
+    module(x - 1)
 
 
 def test_masks_lie_in_memory_as_the_activations() -> None:
@@ -763,6 +849,16 @@ def test_states_that_do_not_fit() -> None:
             "damaged",
         ),
     ]
+    name, one = "bn1.inserted_after.0", state["tasks"]["fc.weight"]
+    counts = {"store": torch.zeros(4, 4, 4), "seen": torch.zeros((), dtype=torch.int64)}
+    for window in (None, {}, {"training": None}, counts, counts | {"store": torch.zeros(2)}):
+        cases.append(({"windows": state["windows"] | {name: window}}, f"damaged.*{name}"))
+    for entry in ({}, one | {"share": 2}, one | {"share": "x"}):
+        cases.append(({"tasks": state["tasks"] | {"fc.weight": entry}}, "damaged"))
+    entry = one | {"weights": [0]}
+    cases.append(({"tasks": state["tasks"] | {"fc.weight": entry}}, "of shapes"))
+    cases += [({"position": at}, "position .* is no number of steps") for at in (-5, "x", None)]
+    cases.append(({"started": state["started"] | {"fc.weight": [0]}}, "started weights of fc"))
     before = copy.deepcopy(run.state_dict())
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -810,6 +906,66 @@ def test_a_file_holds_activations_too(trained: tuple[Net, Scheduled], tmp_path: 
         torch.testing.assert_close(to_dense(again)(X), model(X))
     save(again, tmp_path / "again.lc")
     torch.testing.assert_close(load(tmp_path / "again.lc", ready(net())).eval()(X), model(X))
+
+
+def test_a_file_of_another_format_is_refused(
+    trained: tuple[Net, Scheduled], tmp_path: Path
+) -> None:
+    """Buffers of the same shapes would else be read, and mean something else."""
+    model, run = trained
+    save(run, tmp_path / "model.lc")
+    for part in (FixedPoint(8), FixedPoint(4, rounding="truncate")):
+        other = ActivationQuantizer(part, window=WINDOW)
+        places = {"bn1": (PRUNE, other), "relu2": QUANTIZE}
+        fresh = insert(net(), X, before={"conv1": QUANTIZE}, after=places)
+        before = copy.deepcopy(fresh.state_dict())
+        with pytest.raises(ValueError, match=r"load: bn1.inserted_after.1 .*another number format"):
+            load(tmp_path / "model.lc", fresh)
+        assert same(fresh.state_dict(), before)
+        with pytest.raises(RuntimeError, match=r"bn1.inserted_after.1: saved with another number"):
+            fresh.load_state_dict(model.state_dict())
+    own = [ActivationQuantizer(HBFP(width, axis=1, block=4)) for width in (4, 8)]
+    own[0].switch()
+    with pytest.raises(RuntimeError, match="another number format than HBFP"):
+        own[1].load_state_dict(own[0].state_dict())
+
+
+def test_a_second_run_goes_on_from_the_first(trained: tuple[Net, Scheduled]) -> None:
+    """Its plan may leave activations as they are."""
+    model = copy.deepcopy(trained[0])
+    masks = [b.clone() for n, b in model.named_buffers() if n.endswith((".mask", ".step"))]
+    optimizer = sgd(model)
+    plan = Plan(4, quantize=Delay(1))
+    run = Scheduled(model, {"fc.weight": FixedPoint(2)}, plan=plan, optimizer=optimizer)
+    assert "activations are on from an earlier run, nothing of this plan" in str(run)
+    train(model, optimizer, 0, 4)
+    run.finalize()
+    assert model.fc.weight.unique().numel() <= 4
+    after = [b for n, b in model.named_buffers() if n.endswith((".mask", ".step"))]
+    assert same(masks, after)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        ActivationPruner(0.5, "channel"),
+        ActivationPruner(0.5, "dynamic"),
+        ActivationQuantizer(HBFP(4, axis=1, block=4)),
+        ActivationQuantizer(Int(4, axis=1)),
+    ],
+    ids=str,
+)
+def test_every_kind_is_exported(module: Any) -> None:
+    model = insert(net(), X, after={"bn1": module})
+    model.eval()(X)
+    own: Any = model.bn1.inserted_after[0]  # type: ignore[index]
+    own.begin(1, 8) if own.watches else None
+    model.train()(X)
+    own.switch(1.0)
+    y = model.eval()(X)
+    assert own.on
+    assert torch.equal(torch.export.export(model, (X,)).module()(X), y)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(X), y)
 
 
 # dynamo itself instantiates autograd functions
@@ -985,6 +1141,7 @@ def test_runs_that_cannot_be() -> None:
         (None, {"plan": Plan(30, quantize=Delay(3))}, "never switches .* has no prune"),
         (None, {"plan": Plan(30, Delay(1), Delay(3), Delay(4))}, "has no quantize_activations"),
         (None, {"plans": {"nothing": plan}}, "no task or layer 'nothing'"),
+        (None, {"plans": {"fc*": plan.scaled(1000)}}, "is for 1000 steps, the training has 30"),
         (
             None,
             {"plans": {"fc*": plan, "*.weight": plan}},

@@ -128,7 +128,8 @@ class Each(Part[States]):
             )
         return [math.prod(shape) for shape in self.shapes]
 
-    def _split(self, w: Tensor) -> list[Tensor]:
+    def split(self, w: Tensor) -> list[Tensor]:
+        """The tensors of a group from its vector."""
         sizes = self._sizes
         if w.dim() != 1 or w.numel() != sum(sizes):
             raise ValueError(
@@ -140,11 +141,11 @@ class Each(Part[States]):
     def solve(
         self, w: Tensor, warm: States | None, mu: float | None, importance: Tensor | None
     ) -> States:
-        tensors = self._split(w.contiguous())
+        tensors = self.split(w.contiguous())
         count = len(tensors)
         weights: Sequence[Tensor | None] = [None] * count
         if importance is not None:
-            weights = self._split(as_importance(importance, w).contiguous())
+            weights = self.split(as_importance(importance, w).contiguous())
         return tuple(
             self.part.improve(x, s, mu, h)
             for x, s, h in zip(tensors, warm or [None] * count, weights, strict=True)

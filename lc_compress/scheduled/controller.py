@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -68,6 +69,9 @@ class Scheduled:
     event and begin at the one before at the earliest. With DistributedDataParallel sums are added
     up and values are gathered over the processes.
 
+    Modules that an earlier run has switched on may stay as they are: a plan without their event
+    leaves them alone.
+
     A finished run (`finalize`) is reported, saved and loaded as one of `LC`.
 
     Args:
@@ -77,7 +81,8 @@ class Scheduled:
             all other parts are switched on at the time of quantization.
         plan: when, and how long the training is.
         optimizer: its step is the clock.
-        plans: other plans, by the name of a task or of a layer with inserted modules, or a glob.
+        plans: other plans of as many steps, by the name of a task or of a layer with inserted
+            modules, or a glob.
         rule: a function (grad, w, θ) → grad for weights (`gradients`); the default is the paper's.
         batch_size: examples per step and process, for the windows of activations.
         example_inputs: a batch, to count the operations of convolutions in `report()`.
@@ -115,7 +120,8 @@ class Scheduled:
         self._group = _group(model)
         self._batch = batch_size
         self._timeline: dict[int, list[_Due]] = {}
-        self._fill_timeline(plans or {})
+        self._plans = dict(plans or {})
+        self._fill_timeline(self._plans)
         for task in self.tasks:
             task.check()
         self._positions = measure_positions(model, example_inputs)
@@ -138,6 +144,11 @@ class Scheduled:
         for pattern in plans:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"plans: no task or layer {pattern!r}. There are {names}.")
+            if plans[pattern].steps != self.plan.steps:
+                raise ValueError(
+                    f"plans: that of {pattern!r} is for {plans[pattern].steps} steps, the training "
+                    f"has {self.plan.steps}. Write it for as many, or take `plan.scaled(total)`."
+                )
         for task in self.tasks:
             plan = self._plan_of(task.name, plans)
             for half, what in ((task.pruner, "prune"), (task.quantizer, "quantize")):
@@ -148,6 +159,8 @@ class Scheduled:
             plan = self._plan_of(place, plans)
             prunes = isinstance(module, ActivationPruner)
             what = "prune_activations" if prunes else "quantize_activations"
+            if module.on and not plan.events(what):
+                continue  # from an earlier run; stays as it is
             start = 0
             for event in _events(plan, what, name, module):
                 if module.watches:
@@ -272,12 +285,23 @@ class Scheduled:
             for step, dues in self._timeline.items()
         )
         state = "half-ramped" if begun else "nothing is switched on"
+        if not begun and any(module.on for module in self.activations.values()):
+            state = "activations are on from an earlier run, nothing of this plan"
         step = min(left)
         more = f" and {len(left[step]) - 1} more" if len(left[step]) > 1 else ""
         return f"{at}: {state}; next at step {step}: {left[step][0]}{more}"
 
     def __str__(self) -> str:
-        return f"{self.plan}\n{self._status()}"
+        applies = []
+        for half, name in (("pruner", "prune"), ("quantizer", "quantize")):
+            if any(getattr(task, half, None) is not None for task in self.tasks):
+                applies.append(name)
+        prunes = [isinstance(module, ActivationPruner) for module in self.activations.values()]
+        applies += ["prune_activations"] if any(prunes) else []
+        applies += ["quantize_activations"] if not all(prunes) else []
+        lines = [str(self.plan.only(*applies))]
+        lines += [f"{name}: {plan.only(*applies)}" for name, plan in self._plans.items()]
+        return "\n".join([*lines, self._status()])
 
     # ------------------------------------------------------------------ resume
 
@@ -321,7 +345,16 @@ class Scheduled:
                     f"The state is of another model: it has {list(state[key])}, this run "
                     f"{list(own[key])}."
                 )
+        position = state["position"]
+        if not isinstance(position, int) or not 0 <= position:
+            raise ValueError(f"The state is damaged: position {position!r} is no number of steps.")
         read = [task.read(state["tasks"][task.name]) for task in self.tasks]
+        for task in self.tasks:
+            shapes = [getattr(w, "shape", None) for w in state["started"][task.name]]
+            if shapes != [w.shape for w in self._started[task.name]]:
+                raise ValueError(f"The state is damaged: started weights of {task.name}: {shapes}.")
+        for name in self.activations:
+            self._check_window(name, state["windows"][name], position)
         for task, (mask, inner) in zip(self.tasks, read, strict=True):
             task.restore(state["tasks"][task.name], mask, inner)
             device = task.parameters[0].device
@@ -330,7 +363,33 @@ class Scheduled:
             device = next(module.buffers()).device
             for key, x in state["windows"][name].items():
                 setattr(module, key, None if x is None else x.clone().to(device))
-        self._hook.count = state["position"]
+        self._hook.count = position
+
+    def _check_window(self, name: str, saved: Any, position: int) -> None:
+        """Whether these are the statistics of a module at a position.
+
+        Raises:
+            ValueError: they are not.
+        """
+        own = [
+            due.what
+            for step, dues in sorted(self._timeline.items())
+            for due in dues
+            if due.name == name and step <= position and due.what in ("begin", "switch")
+        ]
+        probe = copy.copy(self.activations[name])  # shares the buffers, which `begin` leaves alone
+        probe.store = probe.seen = None
+        if own and own[-1] == "begin":
+            self._begin(probe)
+        wanted = _window_of(probe)
+        if not isinstance(saved, Mapping) or saved.keys() != wanted.keys():
+            raise ValueError(f"The state is damaged: the window of {name} is {saved!r:.80}.")
+        shown = [{key: getattr(x, "shape", None) for key, x in w.items()} for w in (saved, wanted)]
+        if shown[0] != shown[1]:
+            raise ValueError(
+                f"The state is damaged, or of another window or batch size: {name} has statistics "
+                f"of shapes {shown[0]} at step {position}, they should be {shown[1]}."
+            )
 
 
 def _window_of(module: Activation) -> dict[str, Any]:

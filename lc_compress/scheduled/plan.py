@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, TypeAlias
 
 _WIDTH = 40  # characters of a timeline
 _LEVELS = "·░▒▓█"
+_SCHEDULES = ("prune", "quantize", "prune_activations", "quantize_activations")
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Cubic:
     repeats: int = 4
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.repeats != int(self.repeats):
+        if not isinstance(self.repeats, int) or self.repeats < 1:
             raise ValueError(f"{self}: repeats must be a whole number, at least 1.")
-        if not self.every > 0:
-            raise ValueError(f"{self} ends before it starts: every must be above 0.")
         _check_time(self, self.start)
-        _check_time(self, self.every)
+        _check_time(self, abs(self.every))
+        if self.every <= 0:
+            raise ValueError(f"{self} ends before it starts: every must be above 0.")
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -81,6 +83,8 @@ Schedule: TypeAlias = Cubic | Delay
 
 
 def _check_time(schedule: object, time: float) -> None:
+    if not isinstance(time, Real):
+        raise TypeError(f"{schedule}: times are numbers, got {time!r}.")
     if not (time >= 0 and math.isfinite(time)):
         raise ValueError(f"{schedule}: times must be finite and >= 0.")
 
@@ -108,6 +112,7 @@ class Plan:
             events are rounded to the nearest step.
 
     Raises:
+        TypeError: what is no `Cubic` or `Delay`.
         ValueError: an event that never happens before the training ends, two events of one schedule
             in the same step, a quantization that ramps.
     """
@@ -125,6 +130,12 @@ class Plan:
                 f"A plan needs total > 0 and steps_per_epoch >= 1, got {self.total} and "
                 f"{self.steps_per_epoch}."
             )
+        for name in _SCHEDULES:
+            if not isinstance(given := getattr(self, name), Cubic | Delay | None):
+                raise TypeError(
+                    f"{name}={given!r}: give Delay(when), for pruning also Cubic(start, every), or "
+                    "None for never."
+                )
         for name, schedule in self.schedules.items():
             if name.startswith("quantize") and not isinstance(schedule, Delay):
                 raise ValueError(f"{name}={schedule}: quantization starts at once, give a Delay.")
@@ -148,8 +159,8 @@ class Plan:
     @property
     def schedules(self) -> dict[str, Schedule]:
         """Those that are given, by argument."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {n: x for n, x in named.items() if isinstance(x, Cubic | Delay)}
+        named = {name: getattr(self, name) for name in _SCHEDULES}
+        return {name: x for name, x in named.items() if x is not None}
 
     def events(self, name: str) -> tuple[Event, ...]:
         """Of one of the four schedules, in optimizer steps."""
@@ -159,11 +170,19 @@ class Plan:
         times = (round(time * self.steps_per_epoch) for time in schedule.times)
         return tuple(Event(*pair) for pair in zip(times, schedule.shares, strict=True))
 
-    def scaled(self, total: float, steps_per_epoch: int = 1) -> Plan:
-        """The same plan for a training of another length."""
+    def scaled(self, total: float, steps_per_epoch: int | None = None) -> Plan:
+        """The same plan for a training of another length, in the same unit of time unless another
+        `steps_per_epoch` is given.
+        """
         factor = total / self.total
+        steps_per_epoch = steps_per_epoch or self.steps_per_epoch
         moved: dict[str, Any] = {n: x.times_factor(factor) for n, x in self.schedules.items()}
         return replace(self, total=total, steps_per_epoch=steps_per_epoch, **moved)
+
+    def only(self, *names: str) -> Plan:
+        """The same with these of the four schedules only."""
+        left: dict[str, Any] = {name: None for name in _SCHEDULES if name not in names}
+        return replace(self, **left)
 
     def __str__(self) -> str:
         unit = "" if self.steps_per_epoch == 1 else f" ({self.total:g} epochs)"
@@ -172,8 +191,8 @@ class Plan:
             what, _, of = name.partition("_")
             events = self.events(name)
             marks = [
-                sum(event.step <= i * self.steps / _WIDTH for event in events)
-                for i in range(_WIDTH)
+                sum(event.step < i * self.steps / _WIDTH for event in events)
+                for i in range(1, _WIDTH + 1)  # by the end of each cell
             ]
             bar = "".join(_LEVELS[-(-4 * n // len(events))] for n in marks)
             at = ", ".join(str(event.step) for event in events)
@@ -222,10 +241,10 @@ def prune_then_quantize(total: float, steps_per_epoch: int = 1) -> Plan:
 
     >>> print(prune_then_quantize(1000))
     plan of 1000 steps
-    weights     prune    ···················░░▒▒▒▓▓██████████████  at 460, 520, 580, 640
-    weights     quantize ·····································███  at 920
-    activations prune    ···················░░▒▒▒▓▓██████████████  at 460, 520, 580, 640
-    activations quantize ······································██  at 940
+    weights     prune    ··················░░▒▒▒▓▓███████████████  at 460, 520, 580, 640
+    weights     quantize ····································████  at 920
+    activations prune    ··················░░▒▒▒▓▓███████████████  at 460, 520, 580, 640
+    activations quantize ·····································███  at 940
     """
     return _PRUNE_FIRST.scaled(total, steps_per_epoch)
 

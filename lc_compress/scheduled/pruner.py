@@ -61,6 +61,7 @@ class ActivationPruner(Activation):
             )
         super().__init__(None, window)
         self.sparsity, self.kind = sparsity, kind
+        self._new = False  # the next input shows whether dynamic pruning changes anything
         if kind == "dynamic":
             self.register_buffer("share", torch.zeros((), dtype=torch.float64))
         if shape is not None:
@@ -81,11 +82,22 @@ class ActivationPruner(Activation):
     def watches(self) -> bool:
         return self.kind != "dynamic"
 
+    @property
+    def on(self) -> bool:
+        if self.kind == "dynamic":
+            return bool(self.share > 0)
+        return self.shape is not None and bool((self.mask == 0).any())
+
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "dynamic":
             size = x.abs().flatten(1)
             pruned = (self.share * size.shape[1]).round().long().clamp_max(size.shape[1] - 1)
-            last = size.detach().sort(1).values.gather(1, pruned.expand(size.shape[0], 1))
+            sizes = size.detach().sort(1).values
+            last = sizes.gather(1, pruned.expand(size.shape[0], 1))
+            if not torch.compiler.is_compiling() and self._new:
+                self._new = False
+                if not bool(sizes[:, : int(pruned)].any()):
+                    _warn(f"{self.sparsity:.0%} of each example, all of them 0 already")
             return torch.where((size >= last).view(x.shape), x, 0)
         if self.shape is None:
             raise RuntimeError(f"{self}: give shape=, or use `insert`.")
@@ -126,6 +138,7 @@ class ActivationPruner(Activation):
         """A new mask, at a share of the sparsity."""
         if self.kind == "dynamic":
             self.share.fill_(share * self.sparsity)
+            self._new = share * self.sparsity > 0
             return
         sums = self._collected()
         self.seen = None
@@ -133,12 +146,7 @@ class ActivationPruner(Activation):
         self.mask.copy_(largest(sums, count))
         pruned = sums[self.mask == 0]
         if pruned.numel() and not bool(pruned.any()):
-            warnings.warn(
-                f"ActivationPruner prunes {pruned.numel()} of {sums.numel()} activations, which "
-                "were 0 in the whole window: that changes nothing. Place it before the "
-                "non-linearity.",
-                stacklevel=2,
-            )
+            _warn(f"{pruned.numel()} of {sums.numel()} activations, 0 in the whole window")
 
     def extra_repr(self) -> str:
         if self.kind == "dynamic":
@@ -146,3 +154,10 @@ class ActivationPruner(Activation):
         else:
             now = 0.0 if self.shape is None else float((self.mask == 0).double().mean())
         return f"{self.sparsity:g}, {self.kind}, {now:.4g} pruned"
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"ActivationPruner prunes {what}: that changes nothing. Place it before the non-linearity.",
+        stacklevel=3,
+    )

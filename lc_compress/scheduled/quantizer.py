@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import zlib
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -64,11 +65,13 @@ class ActivationQuantizer(Activation):
         clip: the paper's gradient rule, values of the gradient clipped to the range of the grid.
             False: the gradient passes as it is. Formats without a grid pass it as it is.
 
-    Buffers: active (), step, low, high (blocks,).
+    Buffers: active (), 0 or from the event on `code`, a number that stands for the part: what was
+    saved for another format is refused; step, low, high (blocks,).
 
     Raises:
         TypeError: no number format.
-        ValueError: scales along the batch, or in groups.
+        ValueError: scales along the batch, or in groups; in `forward`, another number of channels
+            than there are scales.
         RuntimeError: at the event, if no data has passed in training mode.
     """
 
@@ -96,7 +99,7 @@ class ActivationQuantizer(Activation):
                 f"{part}: activations have one scale per tensor or along an axis that is not the "
                 "batch."
             )
-        self.register_buffer("active", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("active", torch.zeros((), dtype=torch.int32))
         if shape is not None:
             self.bind(shape)
         elif self.frozen and self.axis is None:
@@ -116,21 +119,51 @@ class ActivationQuantizer(Activation):
             self.register_buffer(name, torch.zeros(blocks))
 
     @property
+    def code(self) -> int:
+        """Of the part: its name and what differs from the defaults."""
+        part: Any = self.part
+        named = [(f.name, getattr(part, f.name), f.default) for f in fields(part)]
+        text = [type(self.part).__name__, *(f"{n}={x!r}" for n, x, usual in named if x != usual)]
+        return zlib.crc32(" ".join(text).encode()) & 0x7FFFFFFF | 1
+
+    @property
+    def stored(self) -> dict[str, int]:
+        return {"active": self.code}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        found = state_dict.get(f"{prefix}active")
+        if isinstance(found, Tensor) and found.numel() == 1 and int(found) not in (0, self.code):
+            errors.append(f"{prefix[:-1]}: saved with another number format than {self.part}.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
     def watches(self) -> bool:
         return self.frozen
 
+    @property
+    def on(self) -> bool:
+        return bool(self.active)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.frozen:
-            q: Tensor = _Formatted.apply(x, self.active, self.part)  # type: ignore[no-untyped-call]
+            q: Tensor = _Formatted.apply(x, self.active != 0, self.part)  # type: ignore[no-untyped-call]
             return q
         if not hasattr(self, "step"):
             raise RuntimeError(f"{self}: give shape=, or use `insert`.")
         if self.store is not None and self.training:
             self._watch(x.detach())
         places = Blocks(self.axis)
+        if places.count(x.shape) != self.step.numel():
+            raise ValueError(
+                f"{self.part} has {self.step.numel()} scales along axis {self.axis}, got "
+                f"activations of shape {tuple(x.shape)}. One scale per tensor (no axis) takes any "
+                "shape."
+            )
         step, low, high = (places.spread(b, x.shape) for b in (self.step, self.low, self.high))
         how = (getattr(self.part, "rounding", "nearest"), self.clip)
-        y: Tensor = _OnGrid.apply(x, self.active, step, low, high, how)  # type: ignore[no-untyped-call]
+        y: Tensor = _OnGrid.apply(x, self.active != 0, step, low, high, how)  # type: ignore[no-untyped-call]
         return y
 
     def begin(self, steps: int, batch: int) -> None:
@@ -179,7 +212,7 @@ class ActivationQuantizer(Activation):
             for name in ("step", "low", "high"):
                 getattr(self, name).copy_(getattr(found, name))
             self.seen = None
-        self.active.fill_(True)
+        self.active.fill_(self.code)
 
     def extra_repr(self) -> str:
-        return f"{self.part}, {'on' if self.active else 'off'}"
+        return f"{self.part}, {'on' if self.on else 'off'}"

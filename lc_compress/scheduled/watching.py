@@ -42,6 +42,30 @@ class Activation(nn.Module):
         """
         self.shape = torch.Size(shape)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moved as any module, but numbers keep their types: scales in half precision would be
+        other scales.
+        """
+        numbers = {n: b for n, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in numbers.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Buffers that a file must have as 0 or as this number: they stand for what the module is
+        made of, which the file does not hold.
+        """
+        return {}
+
+    @property
+    def on(self) -> bool:
+        """Whether it changes what passes."""
+        raise NotImplementedError
+
     @property
     def watches(self) -> bool:
         """Whether it needs to see data before it is switched on."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compose import Then, ThenState
+from ..compose import Each, Over, OverState, Then, ThenState
 from ..gradients import kept, representable
 from ..grids import Grid, grid, spread
 from ..nm import NM
@@ -24,6 +24,8 @@ from ..selection import Selected
 from ..sparse import Sparse, SparseForm, SparseState, where
 from ..structured import BlockSparse
 from ..task import Task
+
+_ARRAYS = ("goal", "names", "weights", "share", "mask", "inner")  # of a state
 
 
 @singledispatch
@@ -49,6 +51,32 @@ def _(part: BlockSparse, share: float, shape: torch.Size) -> BlockSparse:
     count = part.tiling.sizes(shape).numel()
     kept_at_last = part.budget(count)
     return replace(part, density=None, blocks=count - round(share * (count - kept_at_last)))
+
+
+@singledispatch
+def refilled(part: Part[Any], w: Tensor, state: Any) -> Any:
+    """A state with its scales, which stay, and the codes of w; None for parts whose state has no
+    scales of a number format.
+    """
+    return None
+
+
+@refilled.register
+def _(part: Format, w: Tensor, state: Any) -> Any:  # type: ignore[type-arg]
+    return part.with_scales(w, state)
+
+
+@refilled.register
+def _(part: Over, w: Tensor, state: OverState) -> OverState | None:
+    inner = refilled(part.part, part.view.show(w), state.inner)
+    return None if inner is None else OverState(inner, state.shape)
+
+
+@refilled.register
+def _(part: Each, w: Tensor, state: Any) -> Any:
+    pairs = zip(part.split(w), state, strict=True)
+    found = tuple(refilled(part.part, x, own) for x, own in pairs)
+    return None if any(x is None for x in found) else found
 
 
 def chosen(part: SparseForm, w: Tensor) -> Tensor:
@@ -160,12 +188,12 @@ class ScheduledTask(Task):
     @torch.no_grad()
     def follow(self) -> None:
         """The state and Δ(θ) for the weights of now."""
-        if isinstance(self.quantizer, Format):
-            if self.inner is not None and self.grid is None:
-                self.inner = self.quantizer.with_scales(self._masked(), self.inner)
-        elif self.inner is not None:
-            importance = None if self.mask is None else self.mask.double()
-            self.inner = self.quantizer.improve(self._masked(), self.inner, None, importance)
+        if self.inner is not None and self.grid is None:
+            inner = refilled(self.quantizer, self._masked(), self.inner)
+            if inner is None:
+                importance = None if self.mask is None else self.mask.double()
+                inner = self.quantizer.improve(self._masked(), self.inner, None, importance)
+            self.inner = inner
         self.rebuild()
 
     @torch.no_grad()
@@ -221,18 +249,22 @@ class ScheduledTask(Task):
         Raises:
             ValueError: of another model or part, or damaged.
         """
+        if not isinstance(saved, dict) or saved.keys() != set(_ARRAYS):
+            raise ValueError(f"The state of {self.name} is damaged: {saved!r:.80}.")
+        if not isinstance(saved["share"], int | float) or not 0 <= saved["share"] <= 1:
+            raise ValueError(f"The state of {self.name} is damaged: share {saved['share']!r}.")
         if saved["goal"] != str(self.goal) or saved["names"] != list(self.names):
             raise ValueError(
                 f"The state is of another model or plan: {saved['names']} with {saved['goal']} "
                 f"there, {list(self.names)} with {self.goal} here."
             )
-        shapes = [w.shape for w in saved["weights"]]
+        shapes = [getattr(w, "shape", None) for w in saved["weights"]]
         if shapes != [p.shape for p in self.parameters]:
             raise ValueError(f"The state of {self.name} has weights of shapes {shapes}.")
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         mask, inner = saved["mask"], saved["inner"]
         try:
-            mask = None if mask is None else mask.to(device).view(self.shape)
+            mask = None if mask is None else mask.to(device, torch.bool).view(self.shape)
             if inner is not None:
                 moved = {name: x.to(device) for name, x in inner.items()}
                 inner = self.quantizer.decode(moved, self.shape, dtype)

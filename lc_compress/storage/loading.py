@@ -143,6 +143,16 @@ def _check(
                 f"load: {name} is an expanded tensor: several of its entries are one number. Give "
                 "the model a tensor of its own (`.clone()`)."
             )
+    records = {name: record for record in file.records for name in record.names}
+    for prefix, module in model.named_modules():
+        for key, number in getattr(module, "stored", {}).items():
+            name = f"{prefix}.{key}"
+            found = int(file.tensors(records[file.aliases.get(name, name)])[name])
+            if found not in (0, number):
+                raise ValueError(
+                    f"load: {prefix} of {file.path} was saved with another number format than "
+                    f"{module} here: `insert` the same as then."
+                )
     try:
         if kept:
             check_replaceable(model, [_key(r, raw) for r in file.records if r.number in kept])
