@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,6 +40,7 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
             itself. Only BatchNorm layers are in training mode meanwhile.
 
     Raises:
+        TypeError: no iterable of batches, a batch without an input.
         ValueError: no batch, or a batch or a resulting statistic with NaN or inf. The old
             statistics are then back.
     """
@@ -91,18 +93,42 @@ def inputs(
     """The number of each batch, from 1, and the arguments it is for the model, on its device.
 
     Raises:
+        TypeError: no batches, or one that has no input.
         ValueError: a batch with NaN or inf.
     """
+    if isinstance(batches, Tensor | str | Mapping) or not isinstance(batches, Iterable):
+        shape = f" of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else ""
+        raise TypeError(
+            "Calibration is an iterable of batches, such as a DataLoader, or a function that runs "
+            f"the model; got {type(batches).__name__}{shape}. One batch alone is [batch]."
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for count, batch in enumerate(batches, start=1):
         if isinstance(batch, Mapping):
             yield count, (), {name: _checked(x, device, count) for name, x in batch.items()}
         else:
-            first = batch if isinstance(batch, Tensor) else batch[0]
+            first = batch if isinstance(batch, Tensor) else _first(batch, count)
             yield count, (_checked(first, device, count),), {}
 
 
+def _first(batch: Any, count: int) -> Any:
+    if not isinstance(batch, np.ndarray):
+        try:
+            return batch[0]
+        except (TypeError, LookupError):
+            pass
+    raise TypeError(
+        f"Calibration batch {count} is {type(batch).__name__}: a batch is a tensor, a mapping of "
+        "keyword arguments, or a sequence that starts with the input."
+    )
+
+
 def _checked(x: Any, device: torch.device, count: int) -> Any:
+    if isinstance(x, np.ndarray):
+        raise TypeError(
+            f"Calibration batch {count} holds a NumPy array of shape {x.shape}: give tensors, as "
+            "torch.from_numpy makes them."
+        )
     if not isinstance(x, Tensor):
         return x
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):

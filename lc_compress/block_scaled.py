@@ -17,7 +17,7 @@ from .codebook import looked_up
 from .coding import Fixed
 from .nm import Groups
 from .number_format import Format, Rounding
-from .part import Field, Ops, check_weights, rounded, working
+from .part import Field, Ops, check_weights, check_whole, rounded, working
 
 _EXPONENT_BITS = 8
 _BIAS = 127
@@ -163,6 +163,7 @@ class BlockScaled(Format[BlockScaledState]):
         """
 
     def _check(self) -> None:
+        check_whole(self, block=self.block, axis=self.axis)
         if self.block < 1:
             raise ValueError(f"{self}: block must be at least 1.")
         if self.scale not in ("reference", "best"):

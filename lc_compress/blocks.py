@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .part import check_whole
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -27,6 +29,8 @@ class Blocks:
     group: int | None = None
 
     def __post_init__(self) -> None:
+        given = {"axis": self.axis, "group": self.group}
+        check_whole(self, **{name: x for name, x in given.items() if x is not None})
         if self.axis is not None and self.group is not None:
             raise ValueError(
                 f"scales are per axis or per group, got axis={self.axis} and group={self.group}."

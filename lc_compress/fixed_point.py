@@ -13,7 +13,7 @@ from .coding import Fixed
 from .grids import ROUNDINGS, Direction, Grid, grid, spread
 from .number_format import Format, Rounding
 from .order import sort_rows
-from .part import Field, Ops, rounded, working
+from .part import Field, Ops, check_whole, rounded, working
 
 _CHUNK = 1 << 16  # weights whose float64 copies stay in the cache
 _BIAS = 128  # of an exponent in its byte
@@ -74,6 +74,7 @@ class FixedPoint(Format[FixedPointState]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exponents", tuple(self.exponents))
+        check_whole(self, width=self.width)
         if not 2 <= self.width <= 16:
             raise ValueError(f"{self}: width must be from 2 to 16 bits.")
         if self.rounding not in ROUNDINGS:

@@ -13,7 +13,7 @@ from .binary import scale_ops
 from .blocks import Blocks
 from .coding import Fixed, Raw
 from .number_format import Format, Rounding
-from .part import Field, Ops, check_value_dtype, rounded, working
+from .part import Field, Ops, check_value_dtype, check_whole, rounded, working
 from .scaled import admits_scale, rounded_scales
 from .scaling import best_scales, best_scales_and_zeros
 
@@ -82,6 +82,7 @@ class Int(Format[IntState]):
     value_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        check_whole(self, width=self.width)
         if self.width == 1:
             raise ValueError(
                 f"{self}: one bit holds two values. Use `Binary` for {{−a, a}}, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .block_scaled import BlockScaled, Element
+from .part import check_whole
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class HBFP(BlockScaled):
     scale: Literal["reference", "best"] = "reference"
 
     def __post_init__(self) -> None:
+        check_whole(self, width=self.width)
         if not 2 <= self.width <= 16:
             raise ValueError(f"{self}: width must be from 2 to 16 bits.")
         self._check()

@@ -33,8 +33,11 @@ def number_format(name: str) -> Format[Any]:
     MX(element='e2m1', block=32, axis=-1, scale='reference', rounding='nearest')
 
     Raises:
+        TypeError: no name.
         ValueError: an unknown name; the message lists the known ones.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"number_format takes a name, such as 'MXFP4', got {name!r}.")
     found = _FORMATS.get(name.upper())
     if found is None:
         raise ValueError(f"unknown number format {name!r}. Known are {', '.join(_FORMATS)}.")

@@ -306,6 +306,15 @@ def check_value_dtype(part: object, value_dtype: torch.dtype | None) -> None:
         )
 
 
+def check_whole(part: object, **numbers: object) -> None:
+    """Refuse hyper-parameters that are no whole numbers."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(
+                f"{type(part).__name__}: {name} must be a whole number, got {number!r}."
+            )
+
+
 def check_weights(
     part: object, w: Tensor, importance: Tensor | None = None, mu: float | None = None
 ) -> None:

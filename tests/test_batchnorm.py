@@ -133,6 +133,26 @@ def test_bad_calibration_leaves_the_old_statistics(calibration: Any, message: st
     assert [module.training for module in model.modules()] == modes
 
 
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (batches()[0], r"iterable of batches.*got Tensor of shape \(.*\[batch\]"),
+        (5, "iterable of batches, such as a DataLoader.*got int"),
+        ({"x": batches()[0]}, "iterable of batches.*got dict"),
+        ([5], "batch 1 is int: a batch is a tensor, a mapping"),
+        ([batches()[0], ()], "batch 2 is tuple"),
+        ([batches()[0].numpy()], "batch 1 is ndarray"),
+        ([(batches()[0].numpy(), 0)], "batch 1 holds a NumPy array .*torch.from_numpy"),
+    ],
+)
+def test_what_is_no_calibration(calibration: Any, message: str) -> None:
+    model = net()
+    before = values(model)
+    with pytest.raises(TypeError, match=message):
+        recalibrate(model, calibration)
+    assert all(map(torch.equal, values(model), before))
+
+
 def test_a_layer_that_no_batch_reaches_keeps_its_statistics() -> None:
     model = net()
     model.register_module("branch", nn.BatchNorm1d(2))

@@ -598,6 +598,7 @@ def test_wrong_plans() -> None:
     s, q = NM(2, 4), HBFP(4)
     wrong("`sparse` must keep the largest", lambda: order_report(model, q, q), TypeError)
     wrong("`quantizer` must be a number format", lambda: order_report(model, s, s), TypeError)
+    wrong(r"number_format\('MXFP4'\) gives", lambda: order_report(model, s, "MXFP4"), TypeError)
     wrong(
         "`activations` must be a number format",
         lambda: order_report(model, s, q, images(), activations=s),
@@ -650,6 +651,9 @@ def test_wrong_data() -> None:
     )
     wrong("calibration batch 1, shape .* does not run", report([torch.zeros(4, 5).double()]))
     wrong("got no batch", report([]))
+    wrong("calibration function fails: Expected 3D", report(lambda m: m(torch.zeros(4, 5).double())))
+    wrong("iterable of batches.*got Tensor", report(good[0]), TypeError)
+    wrong("batch 1 is int", report([5]), TypeError)
     wrong("'3.weight' gives NaN or inf", report(lambda m: m(good[0] * math.inf)))
 
     class Branch(nn.Module):

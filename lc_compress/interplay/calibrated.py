@@ -239,14 +239,24 @@ def calls(model: nn.Module, data: Calibration) -> Iterator[Callable[[], object]]
     """For each batch, or for the calibration function, a call that runs the model on it.
 
     Raises:
-        ValueError: a batch with NaN or inf, or that the model cannot take; with its number.
+        TypeError, ValueError: no batches, one with NaN or inf, or that the model cannot take; with
+            its number.
     """
     if callable(data):
-        yield lambda: data(model)
+        yield partial(_called, data, model)
         return
     for count, args, kwargs in inputs(model, data):
         given = [*args, *kwargs.values()]
         yield partial(_call, partial(model, *args, **kwargs), count, given)
+
+
+def _called(function: Callable[[nn.Module], object], model: nn.Module) -> object:
+    try:
+        return function(model)
+    except Refused:
+        raise
+    except Exception as cause:
+        raise ValueError(f"order_report: the calibration function fails: {cause}") from cause
 
 
 def _call(run: Callable[[], object], count: int, inputs: Sequence[Any]) -> object:

@@ -111,7 +111,8 @@ def check_format(quantizer: object, argument: str) -> Format[Any]:
     """Refuse what is no number format."""
     if not isinstance(quantizer, Format):
         raise TypeError(
-            f"`{argument}` must be a number format (Int, HBFP, MX), got {type(quantizer).__name__}."
+            f"`{argument}` must be a number format (Int, HBFP, MX, or what number_format('MXFP4') "
+            f"gives), got {quantizer!r}."
         )
     return quantizer
 

@@ -173,7 +173,8 @@ def order_report(
         many numbers as the layer has inputs. Holds one batch's layer outputs.
 
     Raises:
-        TypeError: `sparse` does not keep the largest weights, or a format does not quantize.
+        TypeError: `sparse` does not keep the largest weights, a format does not quantize, or data
+            is no iterable of batches.
         ValueError: patterns match nothing, no layer is left, groups do not fit a layer, weights or
             data have NaN or inf, a batch does not run through the model, data never reaches a
             layer, calibration runs differ. Each names the layer or the batch.
