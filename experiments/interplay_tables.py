@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tables import table
+from tables import difference, table
 
 Cell: TypeAlias = dict[str, Any]  # setting, format, pruning, orthogonality
 
@@ -103,9 +103,11 @@ def counted(name: str, cells: list[Cell]) -> list[str]:
 
 MODELS: dict[str, Callable[[Path], list[Cell]]] = {
     "ResNet20, one shot (loss)": lambda f: one_shot(f, "resnet", "loss"),
+    "ResNet20, one shot (error)": lambda f: one_shot(f, "resnet", "error"),
     "sentence encoder, one shot": lambda f: one_shot(f, "encoder"),
     "language model, one shot": lambda f: one_shot(f, "lm"),
     "ResNet20, fine-tuned (loss)": lambda f: tuned(f, "resnet", "loss"),
+    "ResNet20, fine-tuned (error)": lambda f: tuned(f, "resnet", "error"),
     "sentence encoder, fine-tuned": lambda f: tuned(f, "encoder"),
     "language model, fine-tuned": lambda f: tuned(f, "lm_tuned"),
 }
@@ -144,29 +146,43 @@ def gaps(folder: Path) -> str:
 
 
 def equal_bytes(folder: Path) -> str:
-    """Of each family the width whose weights have the least error: chosen without any data."""
-    found = result(folder, "or_sum")
+    """Of each family the width whose weights have the least error, chosen without any data; beside
+    it the one with the least loss.
+    """
     rows = []
-    for network, target in dict.fromkeys((r["network"], r["target"]) for r in found["one_shot"]):
+    found = result(folder, "or_sum")["one_shot"]
+    for network, target in dict.fromkeys((r["network"], r["target"]) for r in found):
+        here = [r for r in found if (r["network"], r["target"]) == (network, target)]
+        chain = None
         for family, name in FAMILIES.items():
-            own = [
-                r
-                for r in found["one_shot"]
-                if (r["network"], r["target"], r["family"]) == (network, target, family)
-            ]
+            own = [r for r in here if r["family"] == family]
             if not own:
                 continue
             best = min(own, key=lambda r: r["error"])
-            measure = "test_error" if "test_error" in best else "perplexity"
-            bits = "1 bit" if best["width"] == 1 else f"int {best['width']}"
-            if family == "then":
-                scheme = f"{100 * best['density']:.3g} % kept > {bits}"
-            else:
-                scheme = f"{bits} + {100 * best['density']:.2g} % floats"
+            least = min(own, key=lambda r: r["loss"])
+            chain = chain or best
             cells = [f"{best['bits']:.2f}", f"{best['error']:.3f}", short(best["loss"])]
-            rows.append([f"{network}, {name}: {scheme}", *cells, short(best[measure])])
-    header = ["", "bits per weight", "error of the weights", "loss"]
-    return table([*header, "test error, % (ResNet20) or perplexity"], rows)
+            cells += [metric(best), "" if best is chain else beyond(chain, best)]
+            cells.append("the same" if least is best else f"{scheme(least)}: {metric(least)}")
+            rows.append([f"{network}, {name}: {scheme(best)}", *cells])
+    header = ["", "bits per weight", "error of the weights", "loss", "test error, % or perplexity"]
+    return table([*header, "loss less that of the chain", "width of least loss"], rows)
+
+
+def scheme(row: dict[str, Any]) -> str:
+    bits = "1 bit" if row["width"] == 1 else f"int {row['width']}"
+    if row["family"] == "then":
+        return f"{100 * row['density']:.3g} % kept > {bits}"
+    return f"{bits} + {100 * row['density']:.2g} % floats"
+
+
+def metric(row: dict[str, Any]) -> str:
+    """Test error of ResNet20 in percent, or perplexity."""
+    return short(row["test_error" if "test_error" in row else "perplexity"])
+
+
+def beyond(first: dict[str, Any], second: dict[str, Any]) -> str:
+    return difference(first["losses"], second["losses"], 3) if "losses" in first else ""
 
 
 def learned(folder: Path) -> str:
@@ -199,8 +215,9 @@ def selection(folder: Path) -> str:
         pair = [at.get((network, form, density, way)) for way in ("magnitude", "gain")]
         if None in pair:
             continue
-        measure = "test_error" if "test_error" in (pair[0] or {}) else "perplexity"
-        cells = [f"{r['error']:.4f}" for r in pair if r] + [short(r[measure]) for r in pair if r]
+        first, second = pair
+        cells = [f"{r['error']:.4f}" for r in pair] + [metric(r) for r in pair]
+        cells.append(beyond(first, second))
         rows.append([f"{network}, {form}, {100 * density:g} % kept", *cells])
-    header = ["", "error, magnitude", "error, gain"]
-    return table([*header, "metric, magnitude", "metric, gain"], rows)
+    header = ["", "error, magnitude", "error, gain", "metric, magnitude", "metric, gain"]
+    return table([*header, "loss, gain less magnitude"], rows)

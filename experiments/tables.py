@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+
+from scipy import stats
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -17,3 +20,12 @@ def cell(numbers: list[float], digits: int = 2) -> str:
         return ""
     mean = f"{statistics.mean(numbers):.{digits}f}"
     return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+
+
+def difference(first: list[float], second: list[float], digits: int = 2) -> str:
+    """Mean of second − first, paired, with its 95 % t interval; "noise" where that holds 0."""
+    pairs = [b - a for a, b in zip(first, second, strict=True)]
+    mean, count = statistics.mean(pairs), len(pairs)
+    reach = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(pairs) / math.sqrt(count)
+    text = f"{mean:+.{digits}f} [{mean - reach:+.{digits}f}, {mean + reach:+.{digits}f}]"
+    return text + (" noise" if abs(mean) <= reach else "")
