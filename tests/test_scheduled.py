@@ -1210,7 +1210,7 @@ OURS = [
 def test_what_the_page_puts_beside_qsparses_calls(code: str) -> None:
     """Its blocks are run by test_docs.py; this is its tables."""
     model = net()
-    names = vars(lc_compress) | vars(lc_compress.scheduled)
+    names = vars(lc_compress) | vars(lc_compress.scheduled) | {"nn": nn}
     own = {"net": model, "images": X, "total": 10_000, "state": model.state_dict()}
     thing = eval(code, names | own)
     for part in thing.values() if isinstance(thing, dict) else [thing]:
