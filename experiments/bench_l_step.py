@@ -34,7 +34,7 @@ from lc_compress import LC, constant
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "classic": {},
+    "classic": {"implicit": False},
     "classic, implicit": {"implicit": True},
     "straight-through, C step every iteration": {"gradient": "sum"},
 }

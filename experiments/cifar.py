@@ -18,10 +18,12 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import learning
 import schemes
 import torch
 from common import add_options, changed, option, origin, write
-from networks import network, reference
+from networks import file_of, network, reference
 from safetensors.torch import save as dense_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -40,6 +42,13 @@ from lc_compress import LC, load, save
 METHODS = ("lc-sum", "lc-weights", "lc-implicit", "handover", "finetune", "ste", "parq")
 ERRORS = {"resnet20": 8.27, "resnet32": 7.37, "resnet44": 6.90, "resnet56": 6.61}
 TRAIN_LOSS_IMAGES = 2_000
+RANGES: dict[str, tuple[float | None, float]] = {  # least (None: above 0) and most
+    **dict.fromkeys(("epochs", "steps", "every", "batch", "calibration", "lr", "mu0"), (None, inf)),
+    **dict.fromkeys(("refine", "lr_end", "weight_decay"), (0, inf)),
+    **dict.fromkeys(("handover", "distill"), (0, 1)),
+    "momentum": (0, 0.999),
+    "growth": (1, inf),
+}
 LOCAL = ("data", "weights", "out", "name", "device")  # do not change what a run computes
 
 
@@ -78,16 +87,28 @@ class Config:
     smoke: bool = said(False, "a small network, random images, seconds")
 
 
+def digest(config: Config) -> str:
+    """Of all settings that change what a run computes."""
+    kept = {k: v for k, v in asdict(config).items() if k not in LOCAL}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Checksums of the files that a run starts from: the weights, and the user's network."""
+    files = {"weights": file_of(config.network, config.weights)}
+    if ".py:" in config.network:
+        files["network"] = Path(config.network.rpartition(":")[0])
+    return {name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for name, p in files.items()}
+
+
 def slug(config: Config) -> str:
     """A file name from the settings: readable, and other settings give another one."""
     if config.name:
         return config.name
-    kept = {k: v for k, v in asdict(config).items() if k not in LOCAL}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
     plain = config.scheme.replace(" + ", "+").replace(" > ", ">").replace(" ", "")
     name = config.network
     parts = (Path(name.partition(":")[0]).stem if ".py:" in name else name, plain, config.method)
-    text = "_".join([*parts, f"{config.epochs:g}ep", f"s{config.seed}", digest])
+    text = "_".join([*parts, f"{config.epochs:g}ep", f"s{config.seed}", digest(config)])
     return text.replace("%", "").replace("/", "-").replace(">", "-then-").replace(":", "of")
 
 
@@ -100,9 +121,12 @@ class Run:
         self.device = torch.device(auto if config.device == "auto" else config.device)
         torch.manual_seed(config.seed)
         self.model = self.fresh()
-        if not config.smoke:
+        if config.smoke:
+            network(config.network)  # refuses what there is not
+        else:
             self.model.load_state_dict(reference(config.network, config.weights).state_dict())
         self.data: Images = images(config.data, self.device, config.smoke)
+        self.sources = {} if config.smoke else sources(config)
         self.per_epoch = len(self.data) // config.batch
         self.total = round(config.epochs * self.per_epoch)  # optimizer steps of learning
         self.path = Path(config.out) / f"{slug(config)}.json"
@@ -115,6 +139,9 @@ class Run:
         return model.to(self.device, memory_format=torch.channels_last)
 
     def file(self, suffix: str) -> Path:
+        """Beside the record. Checkpoints are of these settings, whatever the name."""
+        if suffix.endswith(".ckpt") and self.config.name:
+            suffix = f".{digest(self.config)}{suffix}"
         return self.path.with_name(self.path.stem + suffix)
 
     # -------------------------------------------------------------- the record
@@ -134,6 +161,7 @@ class Run:
             "status": "running",
             "command": command,
             "config": kept | {"family": schemes.family(config.scheme)},
+            "sources": self.sources,
             "reference": {},
             "points": {},
             "curve": [],
@@ -145,6 +173,11 @@ class Run:
         try:
             old: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             same = old["config"] == new["config"]
+            if same and old.get("sources", self.sources) != self.sources:
+                raise SystemExit(
+                    f"{self.path} was made from another trained network: {old['sources']} there, "
+                    f"{self.sources} here. Give another --name or --out."
+                )
             if old["status"] == "failed" and not same:  # before it had written anything itself
                 return new
         except (ValueError, KeyError, TypeError):
@@ -291,9 +324,25 @@ def parse(argv: list[str]) -> Config:
     if config.method not in METHODS:
         raise SystemExit(f"--method {config.method!r}: one of {', '.join(METHODS)}.")
     schemes.part(config.scheme, torch.Size((16, 16, 3, 3)))  # refuses what does not exist
-    for name in ("epochs", "steps", "every", "batch", "calibration", "lr"):
-        if getattr(config, name) <= 0:
-            raise SystemExit(f"--{name} {getattr(config, name)}: more than 0.")
+    for name, (least, most) in RANGES.items():
+        value, option_ = getattr(config, name), f"--{name.replace('_', '-')}"
+        if not math.isfinite(value):
+            raise SystemExit(f"{option_} {value}: a finite number.")
+        if least is None and value <= 0:
+            raise SystemExit(f"{option_} {value}: more than 0.")
+        if not (least or 0) <= value <= most:
+            upper = "" if most == math.inf else f", at most {most}"
+            raise SystemExit(f"{option_} {value}: at least {least or 0}{upper}.")
+    if "rank" in config.scheme.replace("lowrank", "") and config.method in ("lc-sum", "handover"):
+        raise SystemExit(
+            f"--scheme {config.scheme!r}: the price of rank is weighed against μ, which is 0 in "
+            f"--method {config.method}. Use lc-weights or lc-implicit."
+        )
+    try:
+        torch.empty(0, device="cpu" if config.device == "auto" else config.device)
+    except (RuntimeError, AssertionError) as cause:
+        first = str(cause).splitlines()[0]
+        raise SystemExit(f"--device {config.device}: {first}") from cause
     if config.smoke:
         config = replace(config, epochs=min(config.epochs, 1.0), batch=32, compile=False, steps=2)
     return config

@@ -42,6 +42,7 @@ SCHEMES = (  # what the table of a network compares
     "lowrank 33% > int 4",
 )
 PAIRS = ("binary + sparse 2%", "lowrank 6% + sparse 1.5%", "sparse 19% > int 4")  # of one size
+PRICED = "lc-weights"  # how schemes with a price are learned
 LONG = 12  # epochs of what is asked of a GPU
 _ALIKE = ("network", "scheme", "method", "epochs", "refine", "distill", "mu0", "growth", "bfloat16")
 WAYS = {
@@ -98,13 +99,23 @@ HEADER = ["direct", "learned", "refined", "training loss"]
 HEADER += ["bits per weight", "file ratio", "seeds", "minutes", "trained in"]
 
 
-def command(network: str, scheme: str, epochs: int, method: str = "lc-sum") -> str:
+def command(network: str, scheme: str, epochs: float, method: str = "lc-sum") -> str:
     """What fills a row that is not there."""
+    if scheme.startswith("rank"):
+        method = PRICED
     way = "" if method == "lc-sum" else f" --method {method}"
+    way += " --refine 0.25" if method.startswith("lc-") else ""
     return (
-        f"`python experiments/sweep.py -- --data DIR --weights {WEIGHTS[network]} "
-        f'--network {network} --scheme "{scheme}"{way} --epochs {epochs} --seed 0 1 2`'
+        f"`python experiments/sweep.py --out runs -- --data DIR --weights {WEIGHTS[network]} "
+        f'--network {network} --scheme "{scheme}"{way} --epochs {epochs:g} --bfloat16 '
+        "--seed 0 1 2`"
     )
+
+
+def uncompressed(found: list[list[Record]]) -> list[str]:
+    """A row's cells of the reference: its error stands where that of direct compression does."""
+    one = found[0][0]["reference"]
+    return [f"{one['test_error']:.2f}", "", "", f"{one['train_loss']:.3f}", "32.00", "1.00"]
 
 
 def densities(folder: Path, networks: tuple[str, ...]) -> str:
@@ -181,12 +192,21 @@ def schemes(folder: Path, network: str, epochs: float, wanted: tuple[str, ...] =
     wanted that were not.
     """
     found = [g for g in by_default(folder, network) if g[0]["config"]["epochs"] == epochs]
+    wanted_ = {"network": network, "method": PRICED, "epochs": epochs}
+    for group in groups(runs(folder)):  # the price of rank needs μ
+        config = group[0]["config"]
+        if wanted_.items() <= config.items() and config["scheme"].startswith("rank"):
+            found.append(group)
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
-    rows = [[f"`{g[0]['config']['scheme']}`", g[0]["config"]["family"], *row(g)] for g in found]
+    rows = [["not compressed", "", *uncompressed(found), "", "", ""]] if found else []
+    for group in found:
+        config = group[0]["config"]
+        name = f"`{config['scheme']}`" + (", classic" if config["method"] == PRICED else "")
+        rows.append([name, config["family"], *row(group)])
     there = {group[0]["config"]["scheme"] for group in found}
     for scheme in wanted:
         if scheme not in there:
-            missing = f"needs a GPU: {command(network, scheme, LONG)}"
+            missing = f"not run: {command(network, scheme, epochs)}"
             rows.append([f"`{scheme}`", missing, *[""] * len(HEADER)])
     return table(["scheme", "family", *HEADER], rows)
 
@@ -201,7 +221,7 @@ def methods(folder: Path, network: str, epochs: float) -> str:
     ]
     order = list(WAYS)
     found.sort(key=lambda g: (g[0]["config"]["scheme"], order.index(g[0]["config"]["method"])))
-    rows = []
+    rows = [["not compressed", "", *uncompressed(found), "", "", ""]] if found else []
     for group in found:
         config = group[0]["config"]
         way = WAYS[config["method"]]
@@ -212,6 +232,6 @@ def methods(folder: Path, network: str, epochs: float) -> str:
     for method, way in WAYS.items():
         if method not in there:
             scheme = "binary" if method in ("ste", "parq") else "binary + sparse 2%"
-            missing = f"needs a GPU: {command(network, scheme, LONG, method)}"
+            missing = f"not run: {command(network, scheme, epochs, method)}"
             rows.append([f"`{scheme}`", f"{way}: {missing}", *[""] * len(HEADER)])
     return table(["scheme", "way", *HEADER], rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ def cifar10(folder: str | Path, names: list[str]) -> tuple[Tensor, Tensor]:
         if not path.is_file():
             raise SystemExit(
                 f"{path} is missing. Give --data the folder with CIFAR-10's binary version "
-                "(cifar-10-binary.tar.gz, unpacked: data_batch_1.bin ... test_batch.bin)."
+                "(cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked: "
+                "data_batch_1.bin ... test_batch.bin)."
             )
         raw = np.fromfile(path, np.uint8)
         if raw.size != 10_000 * 3073:
@@ -40,10 +42,16 @@ def cifar10(folder: str | Path, names: list[str]) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(data[:, 0].astype(np.int64))
 
 
+@lru_cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the channels, moved to the device once."""
+    mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (MEAN, STD))
+    return mean, std
+
+
 def normalized(images: Tensor) -> Tensor:
     """uint8 (n, 3, 32, 32) to float32, channels last."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _statistics(images.device)
     return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

@@ -58,7 +58,7 @@ def trained(base: digits.Config, seed: int) -> tuple[digits.Data, nn.Module]:
 
 
 def one(base: digits.Config, settings: dict[str, Any], scheme: str, seed: int) -> dict[str, float]:
-    """Training loss, held-out error and gap of the compressed model; inf where it diverged."""
+    """Training loss and error, and gap, of the compressed model; inf where it diverged."""
     config = replace(base, **settings)
     data, model = trained(base, seed)
     part = digits.schemes(config)[scheme]

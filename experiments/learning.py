@@ -128,6 +128,8 @@ def learn(run: Run, step: Step) -> LC:
             run.model.train()
             loss = train(step, optimizer, stretch(run, a, b), rates(run, a))
             lc.log(loss=loss, epoch=b / run.per_epoch, seconds=run.seconds())
+            run.content["curve"] = before + [dict(e) for e in lc.history]
+            run.write()  # the time that has passed, too
         run.content["curve"] = before + [dict(e) for e in lc.history]
         run.write()
         if number + 1 < len(plan):
@@ -168,6 +170,8 @@ def _baseline(run: Run, step: Step) -> LC:
         run.model.train()
         loss = train(step, optimizer, stretch(run, a, b), rates(run, a))
         curve.append(_entry(run, b, k, loss))
+        run.content["curve"] = curve
+        run.write()  # the time that has passed, too
     run.content["curve"] = curve
     baselines.settle(run.model)
     lc = still(run)
@@ -229,5 +233,6 @@ def refine(run: Run, lc: LC, step: Step, epochs: float) -> None:
             falling = (first * (1 - i / total) for i in range(a, b))
             loss = train(step, optimizer, stretch(run, begin + a, begin + b), falling)
             curve.append(_entry(run, begin + b, k, loss))
+            run.write()
     kept = [e for e in run.content["curve"] if e["epoch"] * run.per_epoch <= begin + 0.5]
     run.content["curve"] = kept + curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 from pathlib import Path
 
@@ -127,9 +128,7 @@ def reference(name: str, file: str) -> nn.Module:
         SystemExit: the file is missing, or of another network.
     """
     model = network(name)
-    path = Path(file)
-    if not path.is_file():
-        raise SystemExit(f"{file} is missing: give --weights the file of the trained {name}.")
+    path = file_of(name, file)
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
         state = content.get("state_dict", content)
@@ -139,3 +138,19 @@ def reference(name: str, file: str) -> nn.Module:
         text = " ".join(reason)[:300]
         raise SystemExit(f"{file} does not hold the weights of {name}: {text}") from cause
     return model
+
+
+def file_of(name: str, file: str) -> Path:
+    """The file of a network's weights; `{network}` in it stands for the name, `*` for anything.
+
+    Raises:
+        SystemExit: there is none, or several.
+    """
+    if Path(file).is_file():
+        return Path(file)
+    found = [Path(x) for x in glob.glob(file.replace("{network}", glob.escape(name)))]
+    if len(found) != 1 or not found[0].is_file():
+        known = " (those of akamaster/pytorch_resnet_cifar10)" if name in RESNETS else ""
+        what = f"{file!r} names {len(found)} files" if len(found) > 1 else f"{file!r} is missing"
+        raise SystemExit(f"{what}: give --weights the file of the trained {name}{known}.")
+    return found[0]

@@ -31,9 +31,10 @@ def _lowrank(share: str, shape: torch.Size, value_dtype: torch.dtype | None) -> 
 
 
 def _percent(text: str) -> float:
-    if not text.endswith("%"):
-        raise ValueError(text)
-    return float(text[:-1]) / 100
+    share = float(text[:-1]) if text.endswith("%") else 0.0
+    if not 0 < share <= 100:
+        raise ValueError("P% is above 0 and at most 100 %")
+    return share / 100
 
 
 _PARTS: dict[str, Callable[[str, torch.Size, torch.dtype | None], Part[Any]]] = {
@@ -71,6 +72,8 @@ def part(scheme: str, shape: torch.Size) -> Part[Any]:
 
 def _single(scheme: str, text: str, shape: torch.Size, dtype: torch.dtype | None) -> Part[Any]:
     name, _, argument = text.partition(" ")
+    if not text:
+        raise SystemExit(f"--scheme {scheme!r}: a part is missing beside + or >.")
     try:
         if name not in _PARTS or (name in _WITHOUT) != (argument == ""):
             raise ValueError(text)

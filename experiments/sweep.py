@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,8 @@ def jobs(options: list[str], out: str) -> list[Job]:
         if word.startswith("--"):
             if word not in known or word in ("--out", "--name"):
                 raise SystemExit(f"sweep: {word} is no setting of cifar.py that a grid may have.")
+            if any(axis[0][0] == word for axis in axes):
+                raise SystemExit(f"sweep: {word} twice; write all its values behind one.")
             axes.append([(word,)])
         elif not axes:
             raise SystemExit(f"sweep: {word!r} follows no option; write --scheme {word!r} ...")
@@ -72,7 +75,17 @@ def jobs(options: list[str], out: str) -> list[Job]:
             bare = axes[-1] == [(name,)]
             axes[-1] = [(name, word)] if bare else [*axes[-1], (name, word)]
     plans = [tuple(itertools.chain(*chosen)) for chosen in itertools.product(*axes)]
-    return [Job(cifar.parse([*plan, "--out", out]), plan) for plan in plans]
+    found: dict[Path, Job] = {}
+    for plan in plans:
+        job = Job(cifar.parse([*plan, "--out", out]), plan)
+        if other := found.get(job.path):
+            raise SystemExit(
+                f"sweep: {' '.join(plan)} would be written where {' '.join(other.options)} is: the "
+                "same settings twice, or of files that the name does not tell apart ({network} in "
+                "--weights stands for the name of the network)."
+            )
+        found[job.path] = job
+    return list(found.values())
 
 
 def failed(job: Job, code: int, log: Path) -> None:
@@ -146,6 +159,7 @@ def main(argv: list[str]) -> None:
         return
     if own.jobs > 1 and torch.cuda.is_available():
         tqdm.write("Several runs share the GPU: watch its memory.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs first, too
     try:
         broken = work(plan, own.jobs, own.threads, own.quiet)
     except KeyboardInterrupt:

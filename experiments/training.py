@@ -62,7 +62,10 @@ def batches(
             torch.randint(0, 9, (n,), generator=generator),
             torch.randint(0, 2, (n,), generator=generator),
         ]
-    ).to(data.train.device, non_blocking=True)
+    )
+    if data.train.is_cuda:
+        drawn = drawn.pin_memory()  # or the copy would wait
+    drawn = drawn.to(data.train.device, non_blocking=True)
     cells = torch.arange(32, device=data.train.device)
     for b in range(first, last):
         index, top, left, flip = drawn[:, b * size : (b + 1) * size, None]

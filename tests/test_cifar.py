@@ -41,6 +41,7 @@ def run(script: Callable[[str], Any], tmp_path: Path) -> Callable[..., dict[str,
 
 
 METHODS = {
+    "parq": "binary",  # where torchao is installed
     "lc-sum": "binary + sparse 2%",
     "lc-weights": "rank 1e-3",
     "lc-implicit": "lowrank 25% + sparse 2%",
@@ -50,9 +51,12 @@ METHODS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torchao")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_measures_the_packed_file(method: str, run: Any, script: Any) -> None:
-    refine = () if method in ("ste", "finetune") else ("--refine", "0.3")
+    if method == "parq":
+        pytest.importorskip("torchao")
+    refine = () if method in ("ste", "parq", "finetune") else ("--refine", "0.3")
     record = run("--method", method, "--scheme", METHODS[method], *refine)
     path: Path = record["path"]
     assert record["status"] == "done" and record["name"] == path.stem
@@ -90,10 +94,12 @@ def test_families(script: Any) -> None:
     assert [family(x) for x in given] == ["Q+L+S", "S>Q", "L>Q"]
 
 
-@pytest.mark.parametrize("method", ["lc-sum", "handover", "ste", "finetune"])
+@pytest.mark.parametrize("method", ["lc-sum", "handover", "ste", "parq", "finetune"])
 def test_an_interrupted_run_goes_on_to_the_same_end(
     method: str, run: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if method == "parq":
+        pytest.importorskip("torchao")
     options = ("--method", method, "--scheme", "binary")
     whole = run(*options, out=tmp_path / "whole")
     learning, calls = script("learning"), 0
@@ -126,6 +132,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
         for r in (whole, resumed)
     ]
     assert timeless[0] == timeless[1]
+    seconds = [e["seconds"] for e in resumed["curve"]]
+    assert seconds == sorted(seconds) and seconds[0] > 0
     assert whole["path"].with_suffix(".lc").read_bytes() == (
         resumed["path"].with_suffix(".lc").read_bytes()
     )
@@ -170,6 +178,18 @@ def test_a_network_of_the_users(run: Any, tmp_path: Path) -> None:
         (("--network", "resnet21"), "There is no network 'resnet21'"),
         (("--epochs", "0"), "--epochs 0.0: more than 0"),
         (("--method", "parq", "--scheme", "kmeans 4"), "use --scheme binary"),
+        (("--scheme", "binary + "), "a part is missing beside"),
+        (("--scheme", "lowrank 500%"), "above 0 and at most 100 %"),
+        (("--scheme", "rank 8e-3 + sparse 1%"), "Use lc-weights or lc-implicit"),
+        (("--epochs", "nan"), "--epochs nan: a finite number"),
+        (("--epochs", "inf"), "--epochs inf: a finite number"),
+        (("--growth", "0"), "--growth 0.0: at least 1"),
+        (("--mu0", "-1"), "--mu0 -1.0: more than 0"),
+        (("--refine", "-1"), "--refine -1.0: at least 0"),
+        (("--handover", "2"), "--handover 2.0: at least 0, at most 1"),
+        (("--momentum", "2"), "--momentum 2.0: at least 0, at most 0.999"),
+        (("--device", "foo"), "--device foo: "),
+        (("--smoke", "--network", "resnet200"), "There is no network 'resnet200'"),
     ],
 )
 def test_wrong_settings(
@@ -191,7 +211,7 @@ def test_missing_files(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cifar, networks = script("cifar"), script("networks")
     argv = ["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--no-compile"]
     file = tmp_path / "net.th"
-    with pytest.raises(SystemExit, match=r"net\.th is missing: give --weights"):
+    with pytest.raises(SystemExit, match=r"net\.th' is missing: give --weights .*\(those of "):
         cifar.main([*argv, "--weights", str(file)])
     torch.save({"state_dict": networks.network("vgg16/16").state_dict()}, file)
     with pytest.raises(SystemExit, match=r"does not hold the weights of resnet20.*Missing key"):
@@ -209,6 +229,53 @@ def test_missing_files(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot be written to"):
         cifar.main([*argv, "--out", str(tmp_path / "file" / "runs")])
+
+
+def test_a_run_of_other_weights_is_another_run(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name does not tell; checksums in the record do. `{network}` finds the file."""
+    cifar, networks = script("cifar"), script("networks")
+    random = script("training").images("", torch.device("cpu"), True)
+    monkeypatch.setattr(cifar, "images", lambda *_: random)
+    monkeypatch.setattr(cifar, "ERRORS", {})
+    for i in range(2):
+        torch.manual_seed(i)
+        torch.save(networks.network("resnet8").state_dict(), tmp_path / f"resnet8-{i}.th")
+    argv = ["--out", str(tmp_path), "--no-compile", "--batch", "32", "--epochs", "0.2"]
+    argv += ["--network", "resnet8", "--scheme", "binary"]
+    with pytest.raises(SystemExit, match="names 2 files: give --weights"):
+        cifar.main([*argv, "--weights", str(tmp_path / "{network}-*.th")])
+    cifar.main([*argv, "--weights", str(tmp_path / "{network}-0*.th")])
+    cifar.main([*argv, "--weights", str(tmp_path / "resnet8-0.th")])
+    with pytest.raises(SystemExit, match="made from another trained network"):
+        cifar.main([*argv, "--weights", str(tmp_path / "resnet8-1.th")])
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(
+    run: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a name of the user's and a record that was cut short, nothing else would tell."""
+    options = ("--method", "ste", "--scheme", "binary", "--name", "mine")
+    whole = run(*options, "--lr", "0.1", out=tmp_path / "whole")
+    learning, calls = script("learning"), iter(range(9))
+    train, cut = learning.train, tmp_path / "cut"
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "train", interrupted)
+        with pytest.raises(SystemExit, match="goes on from the last LC step"):
+            run(*options, out=cut)
+    assert list(cut.glob("*.ckpt"))
+    record = cut / "mine.json"
+    record.write_text(record.read_text()[:100], encoding="utf-8")
+    other = run(*options, "--lr", "0.1", out=cut)
+    assert other["points"]["learned"]["train_loss"] == whole["points"]["learned"]["train_loss"]
+    assert not list(cut.glob("*.ckpt"))
 
 
 def test_a_folder_with_a_run_of_other_settings(run: Any) -> None:
@@ -272,6 +339,9 @@ def test_the_grid(script: Any, tmp_path: Path) -> None:
         (["binary"], "follows no option"),
         (["--out", "x"], "--out is no setting"),
         (["--scheme", "binry"], "none of binary"),
+        (["--scheme", "binary", "--scheme", "kmeans 2"], "--scheme twice"),
+        (["--smoke", "--seed", "0", "0"], "the same settings twice"),
+        (["--smoke", "--weights", "a.th", "b.th"], "the name does not tell apart"),
     ):
         with pytest.raises(SystemExit, match=message):
             sweep.jobs(words, "runs")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -310,6 +311,24 @@ def test_order_of_whole_models(name: str, tmp_path: Path) -> None:
     assert json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))["result"]
 
 
+def test_kill_resume(tmp_path: Path) -> None:
+    run("kill_resume.py", "--smoke", "--out", tmp_path / "kills.json")
+    found = json.loads((tmp_path / "kills.json").read_text(encoding="utf-8"))
+    assert found["result"]["identical"] and found["result"]["kills"] == 2
+
+
+def test_chain_or_sum(tmp_path: Path) -> None:
+    """Both families at one size, stored positions included; the learned ones in it, too."""
+    run("order_or_sum.py", "--smoke", "--quiet", "--out", tmp_path)
+    found = json.loads((tmp_path / "order_or_sum_smoke.json").read_text(encoding="utf-8"))["result"]
+    rows = found["one_shot"]
+    assert {row["family"] for row in rows} == {"then", "sum"}
+    for row in rows:
+        assert row["bits"] == pytest.approx(row["target"], rel=0.01)
+        assert statistics.mean(row["losses"]) == pytest.approx(row["loss"], rel=1e-5)
+    assert len(found["learned"]) == 4 and found["selection"]
+
+
 def test_bench_order_report(tmp_path: Path) -> None:
     run("bench_order_report.py", "--smoke", "--out", tmp_path / "report.json")
     rows = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["result"]["rows"]
@@ -335,6 +354,23 @@ def test_bench_l_step(tmp_path: Path) -> None:
         row["met"] == (row["ratio"] <= row["limit"]) for row in ways.values() if "limit" in row
     )
     assert "straight-through, C step every iteration" in done.stdout
+
+
+def test_each_way_of_the_l_step_is_the_one_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    bench = importlib.import_module("bench_l_step")
+    config = bench.Config(network="resnet8", batch=2)
+    hooks = {
+        name: type(bench.Trained(config, options, compiled=False).lc._hook).__name__
+        for name, options in bench.WAYS.items()
+        if options is not None
+    }
+    assert hooks == {
+        "classic": "PenaltyHook",
+        "classic, implicit": "ImplicitHook",
+        "straight-through, C step every iteration": "SumHook",
+    }
+    assert bench.LIMITS.keys() <= bench.WAYS.keys()
 
 
 def test_train_network(tmp_path: Path) -> None:

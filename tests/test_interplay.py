@@ -651,7 +651,9 @@ def test_wrong_data() -> None:
     )
     wrong("calibration batch 1, shape .* does not run", report([torch.zeros(4, 5).double()]))
     wrong("got no batch", report([]))
-    wrong("calibration function fails: Expected 3D", report(lambda m: m(torch.zeros(4, 5).double())))
+    wrong(
+        "calibration function fails: Expected 3D", report(lambda m: m(torch.zeros(4, 5).double()))
+    )
     wrong("iterable of batches.*got Tensor", report(good[0]), TypeError)
     wrong("batch 1 is int", report([5]), TypeError)
     wrong("'3.weight' gives NaN or inf", report(lambda m: m(good[0] * math.inf)))
