@@ -139,9 +139,10 @@ class Run:
         return model.to(self.device, memory_format=torch.channels_last)
 
     def file(self, suffix: str) -> Path:
-        """Beside the record. Checkpoints are of these settings, whatever the name."""
-        if suffix.endswith(".ckpt") and self.config.name:
-            suffix = f".{digest(self.config)}{suffix}"
+        """Beside the record. Checkpoints are of these settings and sources, whatever the name."""
+        if suffix.endswith(".ckpt"):
+            of = json.dumps([digest(self.config), self.sources])
+            suffix = f".{hashlib.sha256(of.encode()).hexdigest()[:6]}{suffix}"
         return self.path.with_name(self.path.stem + suffix)
 
     # -------------------------------------------------------------- the record

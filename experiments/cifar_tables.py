@@ -192,10 +192,10 @@ def schemes(folder: Path, network: str, epochs: float, wanted: tuple[str, ...] =
     wanted that were not.
     """
     found = [g for g in by_default(folder, network) if g[0]["config"]["epochs"] == epochs]
-    wanted_ = {"network": network, "method": PRICED, "epochs": epochs}
+    plan = {"network": network, "method": PRICED, "epochs": epochs, "distill": 0}
     for group in groups(runs(folder)):  # the price of rank needs μ
         config = group[0]["config"]
-        if wanted_.items() <= config.items() and config["scheme"].startswith("rank"):
+        if plan.items() <= config.items() and config["scheme"].startswith("rank"):
             found.append(group)
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     rows = [["not compressed", "", *uncompressed(found), "", "", ""]] if found else []

@@ -128,8 +128,7 @@ def learn(run: Run, step: Step) -> LC:
             run.model.train()
             loss = train(step, optimizer, stretch(run, a, b), rates(run, a))
             lc.log(loss=loss, epoch=b / run.per_epoch, seconds=run.seconds())
-            run.content["curve"] = before + [dict(e) for e in lc.history]
-            run.write()  # the time that has passed, too
+            run.write()  # the time that has passed
         run.content["curve"] = before + [dict(e) for e in lc.history]
         run.write()
         if number + 1 < len(plan):
@@ -170,8 +169,7 @@ def _baseline(run: Run, step: Step) -> LC:
         run.model.train()
         loss = train(step, optimizer, stretch(run, a, b), rates(run, a))
         curve.append(_entry(run, b, k, loss))
-        run.content["curve"] = curve
-        run.write()  # the time that has passed, too
+        run.write()  # the time that has passed
     run.content["curve"] = curve
     baselines.settle(run.model)
     lc = still(run)

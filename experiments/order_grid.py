@@ -48,7 +48,7 @@ class Records:
                     f"{path} was made with {content['config']}, asked for is {self.config}: give "
                     "another --records."
                 )
-            self.found, self.earlier = content["found"], content["seconds"]
+            self.found, self.earlier = content["found"], content.get("seconds", 0.0)
         self.bar = tqdm(total=total, disable=run.options.quiet)
 
     @property

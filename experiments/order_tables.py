@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -96,6 +97,16 @@ def missing(found: list[Record], given: str) -> str:
     return f"needs more time: `{' '.join([name, given, *parts[1:]])}`"
 
 
+def command(found: list[Record]) -> str:
+    """What makes these records, which differ in their orders and seeds only."""
+    text = str(found[0]["command"])
+    for option, key in (("orders", "order"), ("seeds", "seed")):
+        given = dict.fromkeys(str(r["config"][key]) for r in found if key in r["config"])
+        if len(given) > 1:
+            text = re.sub(rf"--{option} \S+", f'--{option} "{" ".join(given)}"', text)
+    return text
+
+
 def row_or_command(found: list[Record], name: str, given: str, **settings: Any) -> list[str]:
     own = chosen(found, **settings)
     if not found:
@@ -134,10 +145,10 @@ def differences(folder: Path) -> str:
     return table(["test loss less that of P then Q", *list(ORDERS.values())[1:]], rows)
 
 
-def ways(folder: Path) -> str:
+def ways(folder: Path, widths: tuple[int, ...] = (4, 2)) -> str:
     """What learns best in equal steps, at equal bytes."""
     found, rows = runs(folder), []
-    for bits in (4, 2):
+    for bits in widths:
         for way, name in WAYS.items():
             given = f"--orders {way} --whats weights --bits {bits}"
             settings = {"order": way, "what": "weights", "bits": bits}

@@ -159,7 +159,7 @@ def _training_order(folder: Path) -> list[str]:
     return [
         "`training_order.py`",
         claim,
-        f"`{first[0]['command']}`",
+        f"`{order_tables.command(first + second)}`",
         first[0]["device"],
         f"{minutes:.0f} min a run",
         f"P then Q {pair[0]} %, Q then P {pair[1]} %",
@@ -177,7 +177,7 @@ def _super_resolution(folder: Path) -> list[str]:
     return [
         "`super_resolution.py`",
         claim,
-        f"`{runs[0]['command']}`",
+        f"`{order_tables.command(runs)}`",
         runs[0]["device"],
         f"{minutes:.0f} min",
         f"P then Q {pair[0]} dB, Q then P {pair[1]} dB",
@@ -322,12 +322,16 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
         "weights, rate 0.03": lambda f: order_tables.orders(f / "training_order_lr03", "weights"),
         "budget, 400 steps": lambda f: order_tables.budget(f / "training_order_400"),
         "references, 400 steps": lambda f: order_tables.references(f / "training_order_400"),
-        "both, 400 steps": lambda f: order_tables.orders(f / "training_order_400", "both", (8,)),
+        "weights, 400 steps": lambda f: order_tables.orders(f / "training_order_400", "weights"),
+        "both, 400 steps": lambda f: order_tables.orders(f / "training_order_400", "both"),
+        "levels, 400 steps": lambda f: order_tables.levels(f / "training_order_400"),
         "differences, 400 steps": lambda f: order_tables.differences(f / "training_order_400"),
         "super-resolution": lambda f: order_tables.super_resolution(f / "super_resolution"),
         "super-resolution, differences": lambda f: order_tables.super_differences(
             f / "super_resolution"
         ),
+        "budget, ways of ResNet20": lambda f: order_tables.budget(f / "ways_400"),
+        "ways of ResNet20": lambda f: order_tables.ways(f / "ways_400", (2,)),
         "budget, ways": lambda f: order_tables.budget(f / "ways_digits"),
         "ways": lambda f: order_tables.ways(f / "ways_digits"),
         "overhead": order_tables.overhead,

@@ -41,13 +41,21 @@ class Job:
         return Path(self.config.out) / f"{cifar.slug(self.config)}.json"
 
     def status(self) -> str:
-        """ "done", "failed", "running" or "new", as the record says."""
+        """ "done", "failed", "running" or "new", as the record says.
+
+        Raises:
+            SystemExit: the record was made from another trained network.
+        """
         try:
-            return str(json.loads(self.path.read_text(encoding="utf-8"))["status"])
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            status, sources = str(record["status"]), record.get("sources")
         except FileNotFoundError:
             return "new"
-        except (ValueError, KeyError, TypeError):  # cut short: the run starts from its checkpoint
-            return "running"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "running"  # cut short: the run starts from its checkpoint
+        if sources and not self.config.smoke and sources != cifar.sources(self.config):
+            raise SystemExit(f"sweep: {self.path} was made from another trained network.")
+        return status
 
 
 def jobs(options: list[str], out: str) -> list[Job]:
@@ -159,11 +167,13 @@ def main(argv: list[str]) -> None:
         return
     if own.jobs > 1 and torch.cuda.is_available():
         tqdm.write("Several runs share the GPU: watch its memory.")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs first, too
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs first, too
     try:
         broken = work(plan, own.jobs, own.threads, own.quiet)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"{len(plan) - len(broken)} of {len(plan)} runs are done.")
     for job in broken:
         print(f"failed: {job.path}")

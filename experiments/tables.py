@@ -26,6 +26,8 @@ def difference(first: list[float], second: list[float], digits: int = 2) -> str:
     """Mean of second − first, paired, with its 95 % t interval; "noise" where that holds 0."""
     pairs = [b - a for a, b in zip(first, second, strict=True)]
     mean, count = statistics.mean(pairs), len(pairs)
+    if count == 1:
+        return f"{mean:+.{digits}f}"
     reach = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(pairs) / math.sqrt(count)
     text = f"{mean:+.{digits}f} [{mean - reach:+.{digits}f}, {mean + reach:+.{digits}f}]"
     return text + (" noise" if abs(mean) <= reach else "")

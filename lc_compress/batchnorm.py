@@ -112,7 +112,7 @@ def inputs(
 
 
 def _first(batch: Any, count: int) -> Any:
-    if not isinstance(batch, np.ndarray):
+    if not isinstance(batch, np.ndarray | str):
         try:
             return batch[0]
         except (TypeError, LookupError):

@@ -30,7 +30,7 @@ class Blocks:
 
     def __post_init__(self) -> None:
         given = {"axis": self.axis, "group": self.group}
-        check_whole(self, **{name: x for name, x in given.items() if x is not None})
+        check_whole(None, **{name: x for name, x in given.items() if x is not None})
         if self.axis is not None and self.group is not None:
             raise ValueError(
                 f"scales are per axis or per group, got axis={self.axis} and group={self.group}."

@@ -307,12 +307,14 @@ def check_value_dtype(part: object, value_dtype: torch.dtype | None) -> None:
 
 
 def check_whole(part: object, **numbers: object) -> None:
-    """Refuse hyper-parameters that are no whole numbers."""
+    """Refuse hyper-parameters that are no `int`, NumPy's too, which no file could hold.
+
+    part: for the message, or None.
+    """
     for name, number in numbers.items():
         if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(
-                f"{type(part).__name__}: {name} must be a whole number, got {number!r}."
-            )
+            of = "" if part is None else f"{type(part).__name__}: "
+            raise TypeError(f"{of}{name} must be a whole number, an int, got {number!r}.")
 
 
 def check_weights(

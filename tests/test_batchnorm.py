@@ -142,6 +142,7 @@ def test_bad_calibration_leaves_the_old_statistics(calibration: Any, message: st
         ([5], "batch 1 is int: a batch is a tensor, a mapping"),
         ([batches()[0], ()], "batch 2 is tuple"),
         ([batches()[0].numpy()], "batch 1 is ndarray"),
+        (["abc"], "batch 1 is str"),
         ([(batches()[0].numpy(), 0)], "batch 1 holds a NumPy array .*torch.from_numpy"),
     ],
 )

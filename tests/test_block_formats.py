@@ -692,13 +692,15 @@ def test_bad_arguments(build: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: HBFP(8.0), "HBFP: width must be a whole number, got 8.0"),  # type: ignore[arg-type]
+        (lambda: HBFP(8.0), "HBFP: width must be a whole number, an int, got 8.0"),  # type: ignore[arg-type]
         (lambda: HBFP(8, block=2.5), "HBFP: block must be"),  # type: ignore[arg-type]
-        (lambda: MX("e2m1", block=None), "MX: block must be a whole number, got None"),  # type: ignore[arg-type]
+        (lambda: MX("e2m1", block=None), "MX: block must be a whole number, an int, got None"),  # type: ignore[arg-type]
         (lambda: MX("e2m1", axis="0"), "MX: axis must be"),  # type: ignore[arg-type]
         (lambda: Int(4.0), "Int: width must be"),  # type: ignore[arg-type]
         (lambda: Int(4, group=2.0), "group must be"),  # type: ignore[arg-type]
         (lambda: FixedPoint(True), "FixedPoint: width must be"),
+        (lambda: Int(np.int64(4)), r"an int, got np.int64\(4\)"),  # type: ignore[arg-type]
+        (lambda: Int(4, axis=1.0), "^axis must be"),  # type: ignore[arg-type]
         (lambda: number_format(8), "takes a name, such as 'MXFP4', got 8"),  # type: ignore[arg-type]
     ],
 )

@@ -250,6 +250,10 @@ def test_a_run_of_other_weights_is_another_run(
     cifar.main([*argv, "--weights", str(tmp_path / "resnet8-0.th")])
     with pytest.raises(SystemExit, match="made from another trained network"):
         cifar.main([*argv, "--weights", str(tmp_path / "resnet8-1.th")])
+    grid = [*argv[2:], "--weights", str(tmp_path / "resnet8-1.th")]
+    (job,) = script("sweep").jobs(grid, str(tmp_path))
+    with pytest.raises(SystemExit, match="made from another trained network"):
+        job.status()
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(

@@ -209,6 +209,8 @@ def test_a_plan_shows_itself(tmp_path: Path) -> None:
         (lambda: Cubic(1, 2, 4.0), "a whole number"),  # type: ignore[arg-type]
         (lambda: Cubic(1, 2, math.nan), "a whole number"),  # type: ignore[arg-type]
         (lambda: Cubic("1", 2), "times are numbers, got '1'"),  # type: ignore[arg-type]
+        (lambda: Cubic(1, "2"), "times are numbers, got '2'"),  # type: ignore[arg-type]
+        (lambda: Plan(9).scaled(9, 0), "steps_per_epoch >= 1"),
         (lambda: Delay(None), "times are numbers, got None"),  # type: ignore[arg-type]
         (lambda: Plan(100, quantize=50), r"quantize=50: give Delay\(when\)"),  # type: ignore[arg-type]
         (lambda: Plan(100, prune_activations=PART), "Cubic.*or None for never"),  # type: ignore[arg-type]
@@ -754,6 +756,10 @@ def test_pruning_behind_a_relu_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="40% of each example, all of them 0 already"):
         module(x)
     module(x)  # once is enough
+    module.switch(0.25)  # of five values nothing is pruned yet
+    module(x)
+    module.switch(1.0)
+    module(x[:0])
     module.switch(1.0)
     module(x - 1)
 
@@ -838,7 +844,8 @@ def test_states_that_do_not_fit() -> None:
         ({"version": 99}, "version 1"),
         ({"plan": {}}, "another plan"),
         ({"timeline": {}}, "another timeline"),
-        ({"tasks": {}}, "another model"),
+        ({"tasks": {}}, "of a finished run"),
+        ({"tasks": {"x": {}}}, "another model"),
         ({"windows": {}}, "another model"),
         (
             {"tasks": state["tasks"] | {"fc.weight": state["tasks"]["conv1.weight"]}},
@@ -857,7 +864,14 @@ def test_states_that_do_not_fit() -> None:
         cases.append(({"tasks": state["tasks"] | {"fc.weight": entry}}, "damaged"))
     entry = one | {"weights": [0]}
     cases.append(({"tasks": state["tasks"] | {"fc.weight": entry}}, "of shapes"))
-    cases += [({"position": at}, "position .* is no number of steps") for at in (-5, "x", None)]
+    for at in (-5, "x", None, True):
+        cases.append(({"position": at}, "position .* is no number of steps"))
+    cases.append(({"position": 29}, "conv1.weight at step 29"))  # with a mask, by then
+    cases.append(({"windows": None}, "windows is None"))
+    nan = one | {"weights": [torch.full((3, 16), math.nan)]}
+    cases.append(({"tasks": state["tasks"] | {"fc.weight": nan}}, "NaN or inf"))
+    cases.append(({"tasks": state["tasks"] | {"fc.weight": one | {"weights": None}}}, "of shapes"))
+    cases.append(({"started": state["started"] | {"fc.weight": None}}, "started weights of fc"))
     cases.append(({"started": state["started"] | {"fc.weight": [0]}}, "started weights of fc"))
     before = copy.deepcopy(run.state_dict())
     for change, message in cases:
@@ -924,6 +938,19 @@ def test_a_file_of_another_format_is_refused(
         assert same(fresh.state_dict(), before)
         with pytest.raises(RuntimeError, match=r"bn1.inserted_after.1: saved with another number"):
             fresh.load_state_dict(model.state_dict())
+    fresh = ready(net())
+    fresh.stored = [1]  # type: ignore[assignment]  # a name of the user's
+    fresh.bn1 = torch.compile(fresh.bn1, backend="eager")  # type: ignore[assignment]
+    load(tmp_path / "model.lc", fresh)
+    assert fresh.bn1.inserted_after[1].on  # type: ignore[index]
+    meta = copy.deepcopy(fresh).to("meta")
+    assert not meta.bn1.inserted_after[1].on and "map" in repr(meta)  # type: ignore[index]
+    state = model.state_dict()
+    state["bn1.inserted_after.1.active"] = torch.tensor(True)  # as files once had it
+    again = ready(net())
+    again.load_state_dict(state)
+    assert torch.equal(again.eval()(X), model(X))
+    assert same(again.state_dict(), model.state_dict())
     own = [ActivationQuantizer(HBFP(width, axis=1, block=4)) for width in (4, 8)]
     own[0].switch()
     with pytest.raises(RuntimeError, match="another number format than HBFP"):

@@ -158,8 +158,8 @@ def orthogonality(
             where `combined` does.
         combined: values of the parts together, {"S→Q": ..., "Q→S": ...}.
         higher_is_better: accuracy: True; perplexity, error, loss: False. Must be given.
-        transform: applied to means: with losses per batch and `numpy.exp`, EM is the perplexity of
-            all batches, not a mean of perplexities.
+        transform: of arrays of means, elementwise: with losses per batch and `numpy.exp`, EM is
+            the perplexity of all batches, not a mean of perplexities.
         confidence: of the intervals.
         rounding: of the metric; None: 1e-6 of its largest mean, as float32 evaluation leaves it.
 
@@ -179,7 +179,7 @@ def orthogonality(
     if not parts or not combined:
         raise ValueError("orthogonality: `parts` and `combined` need at least one entry each.")
     names = ["dense", *parts, *combined]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(
             f"orthogonality: {twice} stands for two things; `parts` and `combined` need names of "
             "their own, and 'dense' is that of the uncompressed model."

@@ -339,18 +339,31 @@ class Scheduled:
         for key in ("plan", "timeline"):
             if state[key] != own[key]:
                 raise ValueError(f"The state was made with another {key}: use the same to go on.")
+        if self.tasks and state["tasks"] == {}:
+            raise ValueError("The state is of a finished run: its file is what `save` writes.")
         for key in ("tasks", "windows", "started"):
+            if not isinstance(state[key], Mapping):
+                raise ValueError(f"The state is damaged: {key} is {state[key]!r:.80}.")
             if state[key].keys() != own[key].keys():
                 raise ValueError(
                     f"The state is of another model: it has {list(state[key])}, this run "
                     f"{list(own[key])}."
                 )
         position = state["position"]
-        if not isinstance(position, int) or not 0 <= position:
+        if type(position) is not int or position < 0:
             raise ValueError(f"The state is damaged: position {position!r} is no number of steps.")
         read = [task.read(state["tasks"][task.name]) for task in self.tasks]
-        for task in self.tasks:
-            shapes = [getattr(w, "shape", None) for w in state["started"][task.name]]
+        for task, (mask, inner) in zip(self.tasks, read, strict=True):
+            been = {
+                due.what
+                for step, dues in self._timeline.items()
+                for due in dues
+                if due.name == task.name and step <= position
+            }
+            if (mask is not None, inner is not None) != ("prune" in been, "quantize" in been):
+                raise ValueError(f"The state is damaged: {task.name} at step {position}.")
+            saved = state["started"][task.name]
+            shapes = [getattr(w, "shape", None) for w in saved] if isinstance(saved, list) else None
             if shapes != [w.shape for w in self._started[task.name]]:
                 raise ValueError(f"The state is damaged: started weights of {task.name}: {shapes}.")
         for name in self.activations:

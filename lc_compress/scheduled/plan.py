@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 _WIDTH = 40  # characters of a timeline
@@ -32,12 +32,13 @@ class Cubic:
     repeats: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.repeats, int) or self.repeats < 1:
+        if not isinstance(self.repeats, Integral) or self.repeats < 1:
             raise ValueError(f"{self}: repeats must be a whole number, at least 1.")
-        _check_time(self, self.start)
-        _check_time(self, abs(self.every))
+        _check_number(self, self.every)
         if self.every <= 0:
             raise ValueError(f"{self} ends before it starts: every must be above 0.")
+        _check_time(self, self.start)
+        _check_time(self, self.every)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -82,9 +83,13 @@ class Delay:
 Schedule: TypeAlias = Cubic | Delay
 
 
-def _check_time(schedule: object, time: float) -> None:
+def _check_number(schedule: object, time: float) -> None:
     if not isinstance(time, Real):
         raise TypeError(f"{schedule}: times are numbers, got {time!r}.")
+
+
+def _check_time(schedule: object, time: float) -> None:
+    _check_number(schedule, time)
     if not (time >= 0 and math.isfinite(time)):
         raise ValueError(f"{schedule}: times must be finite and >= 0.")
 
@@ -175,7 +180,8 @@ class Plan:
         `steps_per_epoch` is given.
         """
         factor = total / self.total
-        steps_per_epoch = steps_per_epoch or self.steps_per_epoch
+        if steps_per_epoch is None:
+            steps_per_epoch = self.steps_per_epoch
         moved: dict[str, Any] = {n: x.times_factor(factor) for n, x in self.schedules.items()}
         return replace(self, total=total, steps_per_epoch=steps_per_epoch, **moved)
 

@@ -85,8 +85,8 @@ class ActivationPruner(Activation):
     @property
     def on(self) -> bool:
         if self.kind == "dynamic":
-            return bool(self.share > 0)
-        return self.shape is not None and bool((self.mask == 0).any())
+            return not self.share.is_meta and bool(self.share > 0)
+        return self.shape is not None and not self.mask.is_meta and bool((self.mask == 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "dynamic":
@@ -96,8 +96,9 @@ class ActivationPruner(Activation):
             last = sizes.gather(1, pruned.expand(size.shape[0], 1))
             if not torch.compiler.is_compiling() and self._new:
                 self._new = False
-                if not bool(sizes[:, : int(pruned)].any()):
-                    _warn(f"{self.sparsity:.0%} of each example, all of them 0 already")
+                smallest = sizes[:, : int(pruned)]
+                if smallest.numel() and not bool(smallest.any()):
+                    _warn(f"{float(self.share):.0%} of each example, all of them 0 already")
             return torch.where((size >= last).view(x.shape), x, 0)
         if self.shape is None:
             raise RuntimeError(f"{self}: give shape=, or use `insert`.")
@@ -149,6 +150,8 @@ class ActivationPruner(Activation):
             _warn(f"{pruned.numel()} of {sums.numel()} activations, 0 in the whole window")
 
     def extra_repr(self) -> str:
+        if any(x.is_meta for x in self.buffers()):
+            return f"{self.sparsity:g}, {self.kind}"
         if self.kind == "dynamic":
             now = float(self.share)
         else:

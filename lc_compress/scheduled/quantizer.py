@@ -133,9 +133,13 @@ class ActivationQuantizer(Activation):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
         found = state_dict.get(f"{prefix}active")
-        if isinstance(found, Tensor) and found.numel() == 1 and int(found) not in (0, self.code):
-            errors.append(f"{prefix[:-1]}: saved with another number format than {self.part}.")
-            return
+        if isinstance(found, Tensor) and found.shape == () and not found.is_meta:
+            if found.dtype == torch.bool:  # of before: it does not say which format
+                state_dict[f"{prefix}active"] = found.to(torch.int32) * self.code
+            elif found.is_floating_point() or int(found) not in (0, self.code):
+                name = prefix.removesuffix(".") or type(self).__name__
+                errors.append(f"{name}: saved with another number format than {self.part}.")
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -144,7 +148,7 @@ class ActivationQuantizer(Activation):
 
     @property
     def on(self) -> bool:
-        return bool(self.active)
+        return not self.active.is_meta and bool(self.active)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.frozen:

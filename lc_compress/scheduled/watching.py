@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..inserted import Inserted
 
 
-class Activation(nn.Module):
+class Activation(Inserted):
     """What both kinds of modules share: the statistics of a window.
 
     shape: of one example, without the batch axis; None as long as it is not known.
@@ -53,13 +55,6 @@ class Activation(nn.Module):
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """Buffers that a file must have as 0 or as this number: they stand for what the module is
-        made of, which the file does not hold.
-        """
-        return {}
 
     @property
     def on(self) -> bool:

@@ -258,9 +258,12 @@ class ScheduledTask(Task):
                 f"The state is of another model or plan: {saved['names']} with {saved['goal']} "
                 f"there, {list(self.names)} with {self.goal} here."
             )
-        shapes = [getattr(w, "shape", None) for w in saved["weights"]]
+        weights = saved["weights"] if isinstance(saved["weights"], list) else []
+        shapes = [getattr(w, "shape", None) for w in weights]
         if shapes != [p.shape for p in self.parameters]:
             raise ValueError(f"The state of {self.name} has weights of shapes {shapes}.")
+        if not all(bool(torch.isfinite(w).all()) for w in weights):
+            raise ValueError(f"The state of {self.name} is damaged: weights with NaN or inf.")
         device, dtype = self.parameters[0].device, self.parameters[0].dtype
         mask, inner = saved["mask"], saved["inner"]
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import replacing
+from ..inserted import Inserted
 from ..modules import Materialize, PackedState, check_replaceable, replace_modules, replace_tensor
 from ..selection import clean, unwrap
 from .index import Record
@@ -145,8 +146,8 @@ def _check(
             )
     records = {name: record for record in file.records for name in record.names}
     for prefix, module in model.named_modules():
-        for key, number in getattr(module, "stored", {}).items():
-            name = f"{prefix}.{key}"
+        for key, number in module.stored.items() if isinstance(module, Inserted) else ():
+            name = clean(f"{prefix}.{key}")
             found = int(file.tensors(records[file.aliases.get(name, name)])[name])
             if found not in (0, number):
                 raise ValueError(
