@@ -278,12 +278,15 @@ def marks(axes: Any, at: float, own: list[float], marker: str, colour: str) -> N
 def figure(folder: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
-    found = runs(folder / f"training_order_{DIGITS}")
-    whats = [what for what in WHATS if chosen(found, what=what, order="prune-quantize")]
-    drawing = Figure(figsize=(3 + 3.5 * len(whats), 3.6), layout="constrained")
-    panels = list(drawing.subplots(1, len(whats) + 1, squeeze=False)[0])
+    sources = {"digits, ResNet8": f"training_order_{DIGITS}", "ResNet20": "training_order_400"}
+    plans = [
+        (name, runs(folder / place), what) for name, place in sources.items() for what in WHATS
+    ]
+    plans = [x for x in plans if chosen(x[1], what=x[2], order="prune-quantize")]
+    drawing = Figure(figsize=(10.5, 7), layout="constrained")
+    panels = list(drawing.subplots(2, 3).flat)
     names = list(ORDERS)[:4]
-    for axes, what in zip(panels, whats, strict=False):
+    for axes, (network, found, what) in zip(panels, plans, strict=False):
         for bits, marker, colour, shift in ((8, "o", "C0", -0.1), (4, "s", "C1", 0.1)):
             for i, order in enumerate(names):
                 own = numbers(chosen(found, order=order, what=what, bits=bits), "loss")
@@ -291,9 +294,12 @@ def figure(folder: Path, out: Path) -> None:
             axes.plot([], [], marker, color=colour, mfc="none", label=f"{bits} bits")
         axes.set_xticks(range(len(names)), [ORDERS[n].replace(" then ", "→") for n in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_title(f"digits, ResNet8: {WHATS[what]}", fontsize=10)
+        axes.set_title(f"{network}: {WHATS[what]}", fontsize=10)
         axes.set_ylabel("test loss (lower is better)")
         axes.legend(fontsize=8)
+    for axes in panels[len(plans) + 1 :]:
+        axes.set_axis_off()
+    panels = panels[: len(plans) + 1]
     arms = [r["result"]["arms"] for r in runs(folder / "super_resolution")]
     for i, arm in enumerate(DRAWN.values()):
         marks(panels[-1], i, [a[arm]["psnr"] for a in arms], "o", "C2")
