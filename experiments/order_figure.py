@@ -38,7 +38,9 @@ def excesses(cells: list[dict[str, Any]], stem: Path, metric: str, linear: float
                 chosen = [c for c in cells if (c["setting"], c["pruning"]) == (setting, pruning)]
                 panel(axes, chosen, linear)
                 axes.set_title(f"{pruning}, {setting}", fontsize=10)
-            row[0].set_ylabel(f"{metric} beyond the threshold\n(> 0: worse than S and Q alone)")
+            break_ = "\n" if len(metric) > 14 else " "
+            label = f"{metric}{break_}beyond the threshold\n(> 0: worse than S and Q alone)"
+            row[0].set_ylabel(label)
         legend(figure, grid[0][0])
         for suffix, more in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
             temporary = stem.with_name(f"{stem.name}.{os.getpid()}{suffix}")
