@@ -190,7 +190,7 @@ def test_cifar_without_files(load: Callable[[str], Any], tmp_path: Path) -> None
     (tmp_path / "data_batch_1.bin").write_bytes(b"cut short")
     with pytest.raises(SystemExit, match="has 9 bytes instead of 30730000"):
         cifar.load(cifar.Config(data=str(tmp_path)))
-    with pytest.raises(SystemExit, match=r"net\.th is missing: give --weights"):
+    with pytest.raises(SystemExit, match=r"net\.th' is missing: give --weights"):
         cifar.pretrained(cifar.Config(weights=str(tmp_path / "net.th")))
 
 
