@@ -125,6 +125,18 @@ def claims(folder: Path) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
+def settings(folder: Path) -> str:
+    """A plain training step in several settings of PyTorch, on the machine of the benchmark."""
+    content = read(folder / "bench_l_step.json")
+    rows = [
+        [name, f"{1000 * own['seconds']:.0f}", f"{own['ratio']:.2f}"]
+        for name, own in content["result"]["settings"].items()
+    ]
+    rows.sort(key=lambda row: float(row[2]))
+    header = [f"ResNet20, batch 128, {content['device']}, one thread", "ms a step", "ratio"]
+    return table(header, rows)
+
+
 def _cifar(folder: Path) -> list[str]:
     """The paper's headline, with the most epochs there are."""
     scheme = cifar_tables.DENSITIES["2 %"]
@@ -276,6 +288,7 @@ TABLES: dict[str, dict[str, Callable[[Path], str]]] = {
     },
     "experiments/README.md": {
         "claims": claims,
+        "settings": settings,
         "densities": lambda f: cifar_tables.densities(f / "cifar", NETWORKS),
         "trend": cifar_tables.trend,
         "schemes, resnet20": lambda f: cifar_tables.schemes(f / "cifar", "resnet20", 1),
