@@ -384,6 +384,16 @@ def test_the_gradient_of_activations() -> None:
     assert torch.equal(x.grad, GRAD)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("part", [FixedPoint(4), HBFP(4)], ids=str)
+def test_values_that_are_not_finite_show_in_the_gradient(part: Any) -> None:
+    module = ActivationQuantizer(part)
+    x = torch.tensor([[1.0, math.inf, -2.0]], requires_grad=True)
+    module(x).backward(torch.ones(1, 3))
+    assert x.grad is not None
+    assert x.grad.isnan().tolist() == [[False, True, False]]
+    assert x.grad[0, ::2].tolist() == [1, 1]
+
+
 def test_the_gradient_of_pruned_activations() -> None:
     module = ActivationPruner(0.5, shape=(4,))
     module.begin(1, 1)

@@ -18,6 +18,16 @@ _VALUES = 1 << 16  # of a window, at most, that a scale is fitted to
 _GOLDEN = 0.6180339887498949  # its multiples, modulo 1, fill an interval evenly
 
 
+def passed(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient straight through; NaN where x is not finite.
+
+    As it depends on x, a compiler keeps x for the backward pass. Else it would keep what a ReLU
+    before needs of x, a bool each, which compiled PyTorch 2.13 writes ten times slower than floats
+    on processors with AVX-512 (experiments/bench_scheduled.py).
+    """
+    return grad + 0 * x
+
+
 class _OnGrid(torch.autograd.Function):
     """Values on a grid where it is active; straight through it, the gradient's values clipped."""
 
@@ -26,15 +36,15 @@ class _OnGrid(torch.autograd.Function):
         ctx: Any, x: Tensor, active: Tensor, step: Tensor, low: Tensor, high: Tensor, how: Any
     ) -> Tensor:
         direction, ctx.clip = how
-        ctx.save_for_backward(active, step, low, high)
+        ctx.save_for_backward(x, active, step, low, high)
         return torch.where(active, Grid(step, low, high, direction).values(x), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        active, step, low, high = ctx.saved_tensors
+        x, active, step, low, high = ctx.saved_tensors
         if ctx.clip:
             grad = torch.where(active, Grid(step, low, high).clip(grad), grad)
-        return grad, None, None, None, None, None
+        return passed(grad, x), None, None, None, None, None
 
 
 class _Formatted(torch.autograd.Function):
@@ -42,12 +52,14 @@ class _Formatted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, active: Tensor, part: Any) -> Tensor:
+        ctx.save_for_backward(x)
         q = part.reconstruct(part.solve(x, None, None, None))
         return torch.where(active, q, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None, None
+        (x,) = ctx.saved_tensors
+        return passed(grad, x), None, None
 
 
 class ActivationQuantizer(Activation):
