@@ -105,6 +105,7 @@ def command(network: str, scheme: str, epochs: float, method: str = "lc-sum") ->
         method = PRICED
     way = "" if method == "lc-sum" else f" --method {method}"
     way += " --refine 0.25" if method.startswith("lc-") else ""
+    way += " --steps 8 --growth 8" if method in ("lc-weights", "lc-implicit") else ""
     return (
         f"`python experiments/sweep.py --out runs -- --data DIR --weights {WEIGHTS[network]} "
         f'--network {network} --scheme "{scheme}"{way} --epochs {epochs:g} --bfloat16 '
