@@ -32,7 +32,7 @@ SCHEMES = (  # what the table of a network compares
     "kmeans 2",
     "kmeans 4",
     "sparse 7%",
-    "rank 2.5e-3",
+    "rank 4e-4",
     "lowrank 8%",
     *list(DENSITIES.values())[1:],
     "lowrank 6% + sparse 1.5%",
