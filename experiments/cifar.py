@@ -18,12 +18,11 @@ import contextlib
 import glob
 import hashlib
 import json
-import math
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +86,14 @@ class Config:
     smoke: bool = said(False, "a small network, random images, seconds")
 
 
+def kept(config: Config) -> dict[str, Any]:
+    """All settings that change what a run computes."""
+    return {k: v for k, v in asdict(config).items() if k not in LOCAL}
+
+
 def digest(config: Config) -> str:
-    """Of all settings that change what a run computes."""
-    kept = {k: v for k, v in asdict(config).items() if k not in LOCAL}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
+    text = json.dumps(kept(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -150,7 +153,6 @@ class Run:
     def _started(self) -> dict[str, Any]:
         """The record of this run: a new one, or that of an interrupted one."""
         config = self.config
-        kept = {k: v for k, v in asdict(config).items() if k not in LOCAL}
         command = " ".join(
             ["python experiments/cifar.py --data DIR --weights FILE"]
             + [option(k, v) for k, v in changed(config).items() if k not in LOCAL]
@@ -161,7 +163,7 @@ class Run:
             "name": self.path.stem,
             "status": "running",
             "command": command,
-            "config": kept | {"family": schemes.family(config.scheme)},
+            "config": kept(config) | {"family": schemes.family(config.scheme)},
             "sources": self.sources,
             "reference": {},
             "points": {},
@@ -327,12 +329,12 @@ def parse(argv: list[str]) -> Config:
     schemes.part(config.scheme, torch.Size((16, 16, 3, 3)))  # refuses what does not exist
     for name, (least, most) in RANGES.items():
         value, option_ = getattr(config, name), f"--{name.replace('_', '-')}"
-        if not math.isfinite(value):
+        if not isfinite(value):
             raise SystemExit(f"{option_} {value}: a finite number.")
         if least is None and value <= 0:
             raise SystemExit(f"{option_} {value}: more than 0.")
         if not (least or 0) <= value <= most:
-            upper = "" if most == math.inf else f", at most {most}"
+            upper = "" if most == inf else f", at most {most}"
             raise SystemExit(f"{option_} {value}: at least {least or 0}{upper}.")
     if "rank" in config.scheme.replace("lowrank", "") and config.method in ("lc-sum", "handover"):
         raise SystemExit(

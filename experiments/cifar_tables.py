@@ -71,9 +71,11 @@ def groups(found: Iterable[Record]) -> list[list[Record]]:
     return [sorted_ones[key] for key in sorted(sorted_ones, key=str)]
 
 
-def by_default(folder: Path, network: str) -> list[list[Record]]:
-    """Groups of a network that were learned with the gradient at Δ(θ), without distillation."""
-    wanted = {"network": network, "method": "lc-sum", "distill": 0}
+def by_default(folder: Path, network: str, method: str = "lc-sum") -> list[list[Record]]:
+    """Groups of a network that were learned with the gradient at Δ(θ), or by another method,
+    without distillation.
+    """
+    wanted = {"network": network, "method": method, "distill": 0}
     return [g for g in groups(runs(folder)) if wanted.items() <= g[0]["config"].items()]
 
 
@@ -192,12 +194,10 @@ def schemes(folder: Path, network: str, epochs: float, wanted: tuple[str, ...] =
     """Every scheme that was learned with the gradient at Δ(θ) for so many epochs, by size; those
     wanted that were not.
     """
-    found = [g for g in by_default(folder, network) if g[0]["config"]["epochs"] == epochs]
-    plan = {"network": network, "method": PRICED, "epochs": epochs, "distill": 0}
-    for group in groups(runs(folder)):  # the price of rank needs μ
-        config = group[0]["config"]
-        if plan.items() <= config.items() and config["scheme"].startswith("rank"):
-            found.append(group)
+    priced = by_default(folder, network, PRICED)  # the price of rank needs μ
+    found = [g for g in priced if g[0]["config"]["scheme"].startswith("rank")]
+    found = [*by_default(folder, network), *found]
+    found = [g for g in found if g[0]["config"]["epochs"] == epochs]
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     rows = [["not compressed", "", *uncompressed(found), "", "", ""]] if found else []
     for group in found:

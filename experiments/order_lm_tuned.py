@@ -64,6 +64,7 @@ from order_lm import (
     windows,
 )
 from order_runs import parser_of, start
+from tables import interval
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -331,12 +332,9 @@ def gaps(found: dict[Arm, dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
 
 def spread(values: Any) -> dict[str, Any]:
     """Mean of the values with its 95 % t interval."""
-    from scipy import stats
-
-    mean, n = float(np.mean(values)), len(values)
-    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    mean, reach = interval([float(x) for x in values])
     noise = mean - reach <= 0 <= mean + reach
-    return {"value": mean, "low": mean - reach, "high": mean + reach, "noise": bool(noise)}
+    return {"value": mean, "low": mean - reach, "high": mean + reach, "noise": noise}
 
 
 def main(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from scipy import stats
 
@@ -22,12 +23,18 @@ def cell(numbers: list[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
 
 
+def interval(numbers: Sequence[float]) -> tuple[float, float]:
+    """Mean, and how far its 95 % t interval reaches."""
+    count = len(numbers)
+    error = statistics.stdev(numbers) / math.sqrt(count)
+    return statistics.mean(numbers), float(stats.t.ppf(0.975, count - 1)) * error
+
+
 def difference(first: list[float], second: list[float], digits: int = 2) -> str:
     """Mean of second − first, paired, with its 95 % t interval; "noise" where that holds 0."""
     pairs = [b - a for a, b in zip(first, second, strict=True)]
-    mean, count = statistics.mean(pairs), len(pairs)
-    if count == 1:
-        return f"{mean:+.{digits}f}"
-    reach = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(pairs) / math.sqrt(count)
+    if len(pairs) == 1:
+        return f"{pairs[0]:+.{digits}f}"
+    mean, reach = interval(pairs)
     text = f"{mean:+.{digits}f} [{mean - reach:+.{digits}f}, {mean + reach:+.{digits}f}]"
     return text + (" noise" if abs(mean) <= reach else "")

@@ -243,30 +243,19 @@ def calls(model: nn.Module, data: Calibration) -> Iterator[Callable[[], object]]
             its number.
     """
     if callable(data):
-        yield partial(_called, data, model)
+        yield partial(_call, partial(data, model), "the calibration function fails")
         return
     for count, args, kwargs in inputs(model, data):
-        given = [*args, *kwargs.values()]
-        yield partial(_call, partial(model, *args, **kwargs), count, given)
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        shapes = ", ".join(str(tuple(x.shape)) for x in given)
+        trouble = f"calibration batch {count}, shape {shapes}, does not run through the model"
+        yield partial(_call, partial(model, *args, **kwargs), trouble)
 
 
-def _called(function: Callable[[nn.Module], object], model: nn.Module) -> object:
-    try:
-        return function(model)
-    except Refused:
-        raise
-    except Exception as cause:
-        raise ValueError(f"order_report: the calibration function fails: {cause}") from cause
-
-
-def _call(run: Callable[[], object], count: int, inputs: Sequence[Any]) -> object:
+def _call(run: Callable[[], object], trouble: str) -> object:
     try:
         return run()
     except Refused:
         raise
     except Exception as cause:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs if isinstance(x, Tensor))
-        raise ValueError(
-            f"order_report: calibration batch {count}, shape {shapes}, does not run through the "
-            f"model: {cause}"
-        ) from cause
+        raise ValueError(f"order_report: {trouble}: {cause}") from cause

@@ -354,12 +354,7 @@ class Scheduled:
             raise ValueError(f"The state is damaged: position {position!r} is no number of steps.")
         read = [task.read(state["tasks"][task.name]) for task in self.tasks]
         for task, (mask, inner) in zip(self.tasks, read, strict=True):
-            been = {
-                due.what
-                for step, dues in self._timeline.items()
-                for due in dues
-                if due.name == task.name and step <= position
-            }
+            been = self._been(task.name, position)
             if (mask is not None, inner is not None) != ("prune" in been, "quantize" in been):
                 raise ValueError(f"The state is damaged: {task.name} at step {position}.")
             saved = state["started"][task.name]
@@ -378,21 +373,24 @@ class Scheduled:
                 setattr(module, key, None if x is None else x.clone().to(device))
         self._hook.count = position
 
+    def _been(self, name: str, position: int) -> list[str]:
+        """What has been done to a task or a module by a position, in order."""
+        return [
+            due.what
+            for step, dues in sorted(self._timeline.items())
+            for due in dues
+            if due.name == name and step <= position
+        ]
+
     def _check_window(self, name: str, saved: Any, position: int) -> None:
         """Whether these are the statistics of a module at a position.
 
         Raises:
             ValueError: they are not.
         """
-        own = [
-            due.what
-            for step, dues in sorted(self._timeline.items())
-            for due in dues
-            if due.name == name and step <= position and due.what in ("begin", "switch")
-        ]
         probe = copy.copy(self.activations[name])  # shares the buffers, which `begin` leaves alone
         probe.store = probe.seen = None
-        if own and own[-1] == "begin":
+        if self._been(name, position)[-1:] == ["begin"]:
             self._begin(probe)
         wanted = _window_of(probe)
         if not isinstance(saved, Mapping) or saved.keys() != wanted.keys():
