@@ -407,17 +407,26 @@ class LC:
         self._finished = True
 
     def refine(
-        self, make_optimizer: Callable[[list[nn.Parameter]], Optimizer]
+        self,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        *,
+        preconditioned: bool = True,
     ) -> AbstractContextManager[Optimizer]:
         """Train the continuous fields of θ (scales, values, factors, codebooks) with signs,
         supports and codes fixed.
 
-            with lc.refine(lambda parameters: torch.optim.Adam(parameters, lr=1e-4)) as optimizer:
+            with lc.refine(lambda parameters: torch.optim.SGD(parameters, lr=0.01)) as optimizer:
                 train_one_epoch(model, loader, optimizer)
 
         Inside, the model is Δ(θ); `make_optimizer` gets the fields and the model's uncompressed
         parameters. Afterwards θ is rounded to what its parts store. Use it after the LC steps,
         before or after `finalize`.
+
+        preconditioned: divide the gradient of each value by ‖∂Δ/∂value‖², taken at the start. A
+            value that many weights share has the sum of their gradients, and SGD at a rate that
+            suits weights diverges. Divided, a step of SGD moves Δ(θ) by what a step on the weights
+            themselves would, projected on what the field reaches, so the rates of the training
+            hold. Optimizers that scale by themselves (Adam) hardly see it.
 
         Raises:
             RuntimeError: LC steps are left, or the model's weights are in use.
@@ -429,16 +438,18 @@ class LC:
                 f"refine() fixes the structure: finish the LC steps first ({self.position} of "
                 f"{len(self.schedule)} done)."
             )
-        return self._refine(make_optimizer)
+        return self._refine(make_optimizer, preconditioned)
 
     @contextmanager
-    def _refine(self, make: Callable[[list[nn.Parameter]], Optimizer]) -> Iterator[Optimizer]:
+    def _refine(
+        self, make: Callable[[list[nn.Parameter]], Optimizer], preconditioned: bool
+    ) -> Iterator[Optimizer]:
         if self._busy:
             raise RuntimeError(f"refine() inside {self._busy}().")
         self._check_owned()
         self._busy = "refine"
         try:
-            with refining(self.model, self.tasks, make) as optimizer:
+            with refining(self.model, self.tasks, make, preconditioned) as optimizer:
                 self._detach()  # steps of its optimizer would pull towards the old Δ(θ)
                 yield optimizer
         finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lc_compress import LC, Binary, Joint, KMeans, LowRank, Matrix, Part, Sparse, Ternary, each
+from lc_compress.refine import squared_influence
 
 TASKS: list[dict[Any, Part[Any]]] = [
     {"0.weight": Binary(axis=0) + Sparse(nonzeros=3), "3.weight": KMeans(3)},
@@ -91,7 +92,7 @@ def test_gradients_of_the_fields_are_finite_differences(tasks: Any) -> None:
             return float(nn.functional.mse_loss(out, data()[1]))
 
     checked = 0
-    with lc.refine(make):
+    with lc.refine(make, preconditioned=False):
         loss_of(model).backward()
         fields = iter(given)
         for index, task in enumerate(lc.tasks):
@@ -108,6 +109,97 @@ def test_gradients_of_the_fields_are_finite_differences(tasks: Any) -> None:
         compressed = sum(len(task.parameters) for task in lc.tasks)
         assert len(rest) == 4 - compressed  # the uncompressed parameters follow
     assert checked >= 3
+
+
+@pytest.mark.parametrize("tasks", TASKS, ids=lambda t: ", ".join(map(str, t.values())))
+def test_the_squared_influence_is_that_of_finite_differences(tasks: Any) -> None:
+    for task in done(net(), tasks).tasks:
+        values = task.part.tunable(task.state)
+        for name, x in values.items():
+            columns = []
+            for entry in range(x.numel()):
+                h = torch.zeros_like(x)
+                h.view(-1)[entry] = 1e-4
+                ahead, behind = (
+                    task.part.reconstruct(task.part.with_tunable(task.state, {**values, name: y}))
+                    for y in (x + h, x - h)
+                )
+                columns.append((ahead - behind).flatten() / 2e-4)
+            gram = torch.stack(columns) @ torch.stack(columns).T
+            exact, found = gram.diagonal(), squared_influence(task.part, task.state, name).flatten()
+            assert float(exact.min()) > 0
+            if float((gram - exact.diag()).abs().max()) < 1e-6:  # no weight is touched twice
+                torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
+            else:
+                assert bool((found > 0.5 * exact).all() and (found < 4 * exact).all())
+
+
+def clusters(w: Tensor) -> list[Tensor]:
+    return [(w == value).to(w) for value in w.unique() if value != 0]
+
+
+def signs_of_rows(w: Tensor) -> list[Tensor]:
+    return [w.sign() * (torch.arange(len(w)) == i)[:, None] for i in range(len(w))]
+
+
+@pytest.mark.parametrize(
+    "part, directions",
+    [
+        (KMeans(3), clusters),
+        (Sparse(nonzeros=9).then(KMeans(2)), clusters),
+        (Binary(axis=0), signs_of_rows),
+    ],
+    ids=str,
+)
+def test_a_step_is_that_of_the_weights_projected_on_what_the_fields_reach(
+    part: Any, directions: Any
+) -> None:
+    model, plain = net(), net()
+    lc = done(model, {"3.weight": part})
+    with lc.refine(sgd) as optimizer:
+        plain.load_state_dict(model.state_dict())
+        for each_ in (plain, model):
+            loss_of(each_).backward()
+        optimizer.step()
+        moved = (model[3].weight - plain[3].weight).detach()
+    assert plain[3].weight.grad is not None
+    step = -0.1 * plain[3].weight.grad
+    basis = directions(plain[3].weight.detach())
+    expected = sum(v * (v * step).sum() / (v * v).sum() for v in basis)
+    torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_rate_that_suits_weights_suits_the_values_they_share() -> None:
+    # ‖W − T‖²/2 has curvature 1: one step of SGD at rate 1 solves it for weights and for clusters
+    torch.manual_seed(0)
+    target = 2 * torch.randn(40, 40, dtype=torch.float64) + 0.3
+    losses = {}
+    for preconditioned in (True, False):
+        model = nn.Linear(40, 40, bias=False).double()
+        lc = done(model, {"weight": KMeans(4)})
+
+        def loss(model: nn.Module = model) -> Tensor:
+            return ((model.weight - target) ** 2).sum() / 2  # type: ignore[operator]
+
+        def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(parameters, lr=1.0)
+
+        with lc.refine(make, preconditioned=preconditioned) as optimizer:
+            groups = [model.weight == value for value in model.weight.unique()]
+            loss().backward()
+            optimizer.step()
+        losses[preconditioned] = float(loss().detach())
+        best = sum(float(((target[g] - target[g].mean()) ** 2).sum() / 2) for g in groups)
+        if preconditioned:
+            assert losses[True] == pytest.approx(best, rel=1e-9)
+    assert losses[False] > 1e3 * losses[True]
+
+
+def test_values_of_half_precision_weights_have_a_finite_influence() -> None:
+    part, w = Binary(), torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.bfloat16, torch.float16):
+        found = squared_influence(part, part.project(w.to(dtype)), "scale")
+        assert float(found.float()) == pytest.approx(min(9e4, torch.finfo(dtype).max), rel=0.02)
 
 
 @pytest.mark.parametrize("tasks", TASKS, ids=lambda t: ", ".join(map(str, t.values())))
