@@ -54,6 +54,7 @@ WAYS = {
     "ste": "straight-through binarization",
     "parq": "PARQ (torchao)",
 }
+APART = {PRICED: ", classic", "finetune": ", its factors and values trained, no LC"}
 
 
 def runs(folder: Path) -> list[Record]:
@@ -191,20 +192,22 @@ def trend(folder: Path) -> str:
 
 
 def schemes(folder: Path, network: str, epochs: float, wanted: tuple[str, ...] = SCHEMES) -> str:
-    """Every scheme that was learned with the gradient at Δ(θ) for so many epochs, by size; those
-    wanted that were not.
+    """Every scheme that was learned with the gradient at Δ(θ) for so many epochs, by size; those of
+    low rank also without LC; those wanted that were not learned.
     """
-    priced = by_default(folder, network, PRICED)  # the price of rank needs μ
-    found = [g for g in priced if g[0]["config"]["scheme"].startswith("rank")]
-    found = [*by_default(folder, network), *found]
+    found = by_default(folder, network)
+    for method, part in ((PRICED, "rank"), ("finetune", "lowrank")):  # the price of rank needs μ
+        own = by_default(folder, network, method)
+        found += [g for g in own if g[0]["config"]["scheme"].startswith(part)]
     found = [g for g in found if g[0]["config"]["epochs"] == epochs]
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     rows = [["not compressed", "", *uncompressed(found), "", "", ""]] if found else []
     for group in found:
         config = group[0]["config"]
-        name = f"`{config['scheme']}`" + (", classic" if config["method"] == PRICED else "")
+        name = f"`{config['scheme']}`{APART.get(config['method'], '')}"
         rows.append([name, config["family"], *row(group)])
-    there = {group[0]["config"]["scheme"] for group in found}
+    learned = (group[0]["config"] for group in found)
+    there = {config["scheme"] for config in learned if config["method"] != "finetune"}
     for scheme in wanted:
         if scheme not in there:
             missing = f"not run: {command(network, scheme, epochs)}"
