@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class TernaryState:
     signs: Tensor
 
 
+SignState = TypeVar("SignState", BinaryState, TernaryState)
+
+
 def scale_ops(shape: torch.Size, scales: int, terms: int, positions: int) -> Ops:
     """Additions of the inputs under each scale, then one multiplication by it: `terms` weights are
     not zero.
@@ -39,47 +43,72 @@ def scale_ops(shape: torch.Size, scales: int, terms: int, positions: int) -> Ops
     return Ops(positions * max(rows, scales), positions * max(terms - rows, 0))
 
 
-def _check_scale(part: Binary | Ternary) -> None:
-    if part.scale is None:
-        return
-    if not (math.isfinite(part.scale) and part.scale > 0):
-        raise ValueError(f"{part}: scale must be positive and finite, or None to learn it.")
-    if (part.axis, part.group, part.value_dtype) != (None, None, None):
-        raise ValueError(
-            f"{part}: a given scale is the same everywhere and not stored, so axis, group and "
-            "value_dtype do not apply."
-        )
-
-
 def _given(scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A given scale (1,) as weights of this dtype can take it."""
     return rounded(torch.tensor([scale], dtype=torch.float64), dtype, None).to(device)
 
 
-def _has_given(part: Binary | Ternary, scale: Tensor) -> bool:
-    """Whether the scale is the given one, or learned."""
-    if part.scale is None:
-        return True
-    return torch.equal(scale, _given(part.scale, scale.dtype, scale.device))
+@dataclass(frozen=True)
+class ScaledSigns(Part[SignState]):
+    """What `Binary` and `Ternary` share: a scale for each block, learned or given."""
 
+    axis: int | None = None
+    group: int | None = None
+    value_dtype: torch.dtype | None = None
+    scale: float | None = None
 
-def _scale_field(part: Binary | Ternary, scale: Tensor) -> dict[str, Field]:
-    if part.scale is not None:
-        return {}
-    stored = part.value_dtype or scale.dtype
-    return {"scale": Field(scale.to(stored), Raw(stored))}
+    def __post_init__(self) -> None:
+        check_value_dtype(self, self.value_dtype)
+        Blocks(self.axis, self.group)
+        if self.scale is None:
+            return
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"{self}: scale must be positive and finite, or None to learn it.")
+        if (self.axis, self.group, self.value_dtype) != (None, None, None):
+            raise ValueError(
+                f"{self}: a given scale is the same everywhere and not stored, so axis, group and "
+                "value_dtype do not apply."
+            )
 
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.axis, self.group)
 
-def _stored_scale(
-    part: Binary | Ternary, arrays: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    if part.scale is not None:
-        return _given(part.scale, dtype, device)
-    return arrays["scale"].to(dtype)
+    @property
+    def exact_weighted(self) -> bool:
+        return self.exact
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        return ("scale",) if self.scale is None else ()
+
+    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {name: torch.Size((self.blocks.count(shape),)) for name in self.free}
+
+    def admits(self, state: SignState) -> bool:
+        if self.scale is None:
+            return True
+        given = _given(self.scale, state.scale.dtype, state.scale.device)
+        return torch.equal(state.scale, given)
+
+    def stored(self, scale: Tensor) -> dict[str, Field]:
+        """The fields of the scales: none if they are given."""
+        if self.scale is not None:
+            return {}
+        dtype = self.value_dtype or scale.dtype
+        return {"scale": Field(scale.to(dtype), Raw(dtype))}
+
+    def read(
+        self, arrays: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The scales, stored or given."""
+        if self.scale is not None:
+            return _given(self.scale, dtype, device)
+        return arrays["scale"].to(dtype)
 
 
 @dataclass(frozen=True)
-class Binary(Part[BinaryState]):
+class Binary(ScaledSigns[BinaryState]):
     """Weights of one magnitude per block, with free signs: 1 bit per weight.
 
     Solves   min Σ h (w − a s)²   over s ∈ {−1, 1}, one a ≥ 0 per block
@@ -104,31 +133,9 @@ class Binary(Part[BinaryState]):
             floating point, a `scale` that is not positive and finite or comes with one of them.
     """
 
-    axis: int | None = None
-    group: int | None = None
-    value_dtype: torch.dtype | None = None
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        check_value_dtype(self, self.value_dtype)
-        Blocks(self.axis, self.group)
-        _check_scale(self)
-
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks(self.axis, self.group)
-
     @property
     def exact(self) -> bool:
         return True
-
-    @property
-    def exact_weighted(self) -> bool:
-        return True
-
-    @property
-    def free(self) -> tuple[str, ...]:
-        return ("scale",) if self.scale is None else ()
 
     def solve(
         self, w: Tensor, warm: BinaryState | None, mu: float | None, importance: Tensor | None
@@ -150,19 +157,13 @@ class Binary(Part[BinaryState]):
 
     def encode(self, state: BinaryState) -> dict[str, Field]:
         signs = Field(state.positive, Fixed(1), per_weight=True)
-        return {**_scale_field(self, state.scale), "positive": signs}
+        return {**self.stored(state.scale), "positive": signs}
 
     def decode(
         self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
     ) -> BinaryState:
         positive = arrays["positive"].bool().reshape(shape)
-        return BinaryState(_stored_scale(self, arrays, dtype, positive.device), positive)
-
-    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        return {name: torch.Size((self.blocks.count(shape),)) for name in self.free}
-
-    def admits(self, state: BinaryState) -> bool:
-        return _has_given(self, state.scale)
+        return BinaryState(self.read(arrays, dtype, positive.device), positive)
 
     def ops(self, state: BinaryState, positions: int = 1) -> Ops:
         n = state.positive.numel()
@@ -170,7 +171,7 @@ class Binary(Part[BinaryState]):
 
 
 @dataclass(frozen=True)
-class Ternary(Part[TernaryState]):
+class Ternary(ScaledSigns[TernaryState]):
     """Weights −a, 0 or a, with one a per block: log2(3) bits per weight, stored five to a byte.
 
     Solves   min Σ h (w − a t)²   over t ∈ {−1, 0, 1}, one a ≥ 0 per block
@@ -185,31 +186,9 @@ class Ternary(Part[TernaryState]):
     Cost: O(N log N). Stores 1.6 bits per weight and the scales.
     """
 
-    axis: int | None = None
-    group: int | None = None
-    value_dtype: torch.dtype | None = None
-    scale: float | None = None
-
-    def __post_init__(self) -> None:
-        check_value_dtype(self, self.value_dtype)
-        Blocks(self.axis, self.group)
-        _check_scale(self)
-
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks(self.axis, self.group)
-
     @property
     def exact(self) -> bool:
         return self.value_dtype is None
-
-    @property
-    def exact_weighted(self) -> bool:
-        return self.value_dtype is None
-
-    @property
-    def free(self) -> tuple[str, ...]:
-        return ("scale",) if self.scale is None else ()
 
     def solve(
         self, w: Tensor, warm: TernaryState | None, mu: float | None, importance: Tensor | None
@@ -242,19 +221,13 @@ class Ternary(Part[TernaryState]):
 
     def encode(self, state: TernaryState) -> dict[str, Field]:
         signs = Field(state.signs + 1, Radix(3), per_weight=True)
-        return {**_scale_field(self, state.scale), "signs": signs}
+        return {**self.stored(state.scale), "signs": signs}
 
     def decode(
         self, arrays: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
     ) -> TernaryState:
         signs = arrays["signs"].to(torch.int8).reshape(shape) - 1
-        return TernaryState(_stored_scale(self, arrays, dtype, signs.device), signs)
-
-    def free_shapes(self, shape: torch.Size, arrays: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        return {name: torch.Size((self.blocks.count(shape),)) for name in self.free}
-
-    def admits(self, state: TernaryState) -> bool:
-        return _has_given(self, state.scale)
+        return TernaryState(self.read(arrays, dtype, signs.device), signs)
 
     def ops(self, state: TernaryState, positions: int = 1) -> Ops:
         terms = int((state.signs != 0).sum())
