@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .order import argsort_rows
 from .part import check_value_dtype, rounded, working
-from .sparse import SparseForm, SparseState, weighed, where
+from .sparse import SparseForm, SparseState, check_price, weighed, where
 
 _NEGLIGIBLE = 1e-200  # importance below this share of the largest counts as none: 1/h overflows
 _SAMPLE = 4096  # weights that the first guess of the threshold looks at
@@ -129,8 +129,7 @@ class L1Penalty(L1Form):
 
     def __post_init__(self) -> None:
         check_value_dtype(self, self.value_dtype)
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"L1Penalty(alpha={self.alpha}): alpha must be finite and >= 0.")
+        check_price(self, self.alpha)
 
     @property
     def exact(self) -> bool:

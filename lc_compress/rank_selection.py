@@ -26,7 +26,7 @@ from .low_rank import (
     weighted,
 )
 from .part import Field, Ops, Part, check_value_dtype, check_weights, rounded, working
-from .sparse import weighed
+from .sparse import check_price, weighed
 from .views import Matrix, View
 
 Cost: TypeAlias = Callable[[int, int, int], float]
@@ -104,8 +104,7 @@ class RankSelection(Part[RankSelectionState]):
     def __post_init__(self) -> None:
         object.__setattr__(self, "schemes", tuple(self.schemes))
         check_value_dtype(self, self.value_dtype)
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"RankSelection(alpha={self.alpha}): alpha must be finite and >= 0.")
+        check_price(self, self.alpha)
         if not callable(self.cost) and self.cost not in ("storage", "flops"):
             raise ValueError(
                 f"RankSelection: cost must be 'storage', 'flops' or a function, got {self.cost!r}."

@@ -49,6 +49,12 @@ def where(mask: Tensor) -> Tensor:
     return torch.nonzero(flat).reshape(-1)
 
 
+def check_price(part: object, alpha: float) -> None:
+    if not (alpha >= 0 and math.isfinite(alpha)):
+        name = type(part).__name__
+        raise ValueError(f"{name}(alpha={alpha}): alpha must be finite and >= 0.")
+
+
 def weighed(part: object, mu: float | None) -> float:
     """μ, which a penalty form cannot do without."""
     if mu is None:
@@ -205,8 +211,7 @@ class SparsePenalty(SparseForm):
 
     def __post_init__(self) -> None:
         check_value_dtype(self, self.value_dtype)
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"SparsePenalty(alpha={self.alpha}): alpha must be finite and >= 0.")
+        check_price(self, self.alpha)
 
     def solve(
         self, w: Tensor, warm: SparseState | None, mu: float | None, importance: Tensor | None

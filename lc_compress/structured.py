@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .order import top
 from .part import Coding, check_value_dtype, rounded
-from .sparse import SparseForm, SparseState, gains, weighed, where
+from .sparse import SparseForm, SparseState, check_price, gains, weighed, where
 from .tiling import BlockSupport, Tiling
 
 
@@ -167,8 +166,7 @@ class BlockPenalty(BlockForm):
 
     def __post_init__(self) -> None:
         self._check()
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"BlockPenalty(alpha={self.alpha}): alpha must be finite and >= 0.")
+        check_price(self, self.alpha)
 
     def solve(
         self, w: Tensor, warm: SparseState | None, mu: float | None, importance: Tensor | None
@@ -214,8 +212,7 @@ class GroupL2Penalty(BlockForm):
 
     def __post_init__(self) -> None:
         self._check()
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"GroupL2Penalty(alpha={self.alpha}): alpha must be finite and >= 0.")
+        check_price(self, self.alpha)
 
     @property
     def exact(self) -> bool:
