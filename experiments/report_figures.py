@@ -80,6 +80,7 @@ STEPS = (
 )  # of round numbers within a decade
 TINT = 0.35  # of a learned point's fill
 PANELS = 10  # configurations in the figure of the layers at most
+LETTER = 0.0135  # its width in a label, as a share of a plane's width
 
 
 def check_matplotlib() -> None:
@@ -166,7 +167,13 @@ def plane(figure: Figure, report: Record, network: Record) -> None:
         bare(axes)
         left = axis == "bits_per_weight"  # where the front's labels stand
         sizes = [x[axis][0] for x in points]
-        logarithmic(axes, "x", sizes, (0.3, 0.06) if left else (0.06, 0.3))
+        best = sorted((x[axis][0], x["test_error"][0]) for x in points if axis in x["front"])
+        names = {
+            (x[axis][0], x["test_error"][0]): x["scheme"] for x in points if axis in x["front"]
+        }
+        share = 0.03 + LETTER * len(short(names[best[0 if left else -1]]))  # of the outermost label
+        room = max(0.3, 1.06 * share / (1 - share))
+        logarithmic(axes, "x", sizes, (room, 0.06) if left else (0.06, room))
         errors = [*network["references"], *(x["test_error"][0] for x in points)]
         logarithmic(axes, "y", errors, (0.1, 0.06))
         for error in network["references"]:
@@ -182,12 +189,8 @@ def plane(figure: Figure, report: Record, network: Record) -> None:
             thin = {"linewidth": 0.9, "capsize": 1.8}
             axes.errorbar(*at, **spread, fmt="none", color=drawn["color"], **thin, zorder=2)
             axes.plot(*at, **drawn, zorder=3)
-        best = sorted((x[axis][0], x["test_error"][0]) for x in points if axis in x["front"])
         steps = {"where": "post" if left else "pre", "zorder": 1.5}
         axes.step(*zip(*best, strict=True), **steps, **FRONT)
-        names = {
-            (x[axis][0], x["test_error"][0]): x["scheme"] for x in points if axis in x["front"]
-        }
         label(axes, names, left)
         axes.set_xlabel(AXES[axis])
     figure.axes[0].set_ylabel("test error, %")
