@@ -157,7 +157,7 @@ def signs_of_rows(w: Tensor) -> list[Tensor]:
         (Sparse(nonzeros=9).then(KMeans(2)), clusters),
         (Binary(axis=0), signs_of_rows),
     ],
-    ids=str,
+    ids=("clusters", "clusters of a support", "rows"),
 )
 def test_a_step_is_that_of_the_weights_projected_on_what_the_fields_reach(
     part: Any, directions: Any
