@@ -80,6 +80,13 @@ def by_default(folder: Path, network: str, method: str = "lc-sum") -> list[list[
     return [g for g in groups(runs(folder)) if wanted.items() <= g[0]["config"].items()]
 
 
+def longest(found: list[list[Record]]) -> list[list[Record]]:
+    """Of the groups with at least three seeds those with the most epochs."""
+    found = [group for group in found if len(group) >= 3]
+    most = max((group[0]["config"]["epochs"] for group in found), default=0)
+    return [group for group in found if group[0]["config"]["epochs"] == most]
+
+
 def values(group: list[Record], point: str, name: str) -> list[float]:
     return [run["points"][point][name] for run in group if point in run["points"]]
 
@@ -147,9 +154,7 @@ def repeated(folder: Path, network: str) -> str:
     """What was learned with at least three seeds and the most epochs, by size: for the first page,
     where all rows have equal epochs.
     """
-    found = [group for group in by_default(folder, network) if len(group) >= 3]
-    most = max((group[0]["config"]["epochs"] for group in found), default=0)
-    found = [group for group in found if group[0]["config"]["epochs"] == most]
+    found = longest(by_default(folder, network))
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
     if not found:
         return f"Not measured yet: {command(network, 'binary + sparse 2%', LONG)}"

@@ -167,10 +167,10 @@ def plane(figure: Figure, report: Record, network: Record) -> None:
         bare(axes)
         left = axis == "bits_per_weight"  # where the front's labels stand
         sizes = [x[axis][0] for x in points]
-        best = sorted((x[axis][0], x["test_error"][0]) for x in points if axis in x["front"])
         names = {
             (x[axis][0], x["test_error"][0]): x["scheme"] for x in points if axis in x["front"]
         }
+        best = sorted(names)
         share = 0.03 + LETTER * len(short(names[best[0 if left else -1]]))  # of the outermost label
         room = max(0.3, 1.06 * share / (1 - share))
         logarithmic(axes, "x", sizes, (room, 0.06) if left else (0.06, room))

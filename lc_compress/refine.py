@@ -128,7 +128,7 @@ def _passer(
         )
         for (name, x), grad in zip(inputs.items(), grads, strict=True):
             if grad is not None:
-                own = grad / metric[name] if name in metric else grad
+                own = grad / metric.get(name, 1)
                 x.grad = own if x.grad is None else x.grad + own
 
     return move
