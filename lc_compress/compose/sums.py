@@ -126,11 +126,14 @@ class Sum(Part[States]):
         self, w: Tensor, warm: States | None, mu: float | None, importance: Tensor | None
     ) -> States:
         problem = _Descent(self, w, mu, importance)
-        count = len(problem.blocks)
-        if count == 1:  # one projection is the whole problem
-            states = [None] * len(self.parts) if warm is None else list(warm)
-            problem.update(problem.blocks[0], states, w)
-            return tuple(states)
+        if len(problem.blocks) == 1:  # the whole problem: `improve` compares with the warm start
+            (pair,) = (block.pair for block in problem.blocks)
+            if pair is None:
+                (part,) = self.parts
+                return (part.solve(w, None if warm is None else warm[0], mu, importance),)
+            a, b = self.parts
+            both = None if warm is None else (warm[0], warm[1])
+            return _solve_pair(pair, a, b, w, both, mu, importance)
         if warm is not None:
             return problem.descend(list(warm), self.tolerance, self.sweeps)
         single = tuple(Block((i,)) for i in range(len(self.parts)))
@@ -295,19 +298,30 @@ def _improve_pair(
     """The pair's joint solution, or the warm one where that is better and the solver is not
     certain.
     """
-    inner = _same_view(a, b)
-    if (
-        inner[0] is not a and isinstance(a, Over) and isinstance(b, Over)
-    ):  # solve behind the shared view
-        shown = None if importance is None else a.view.show(as_importance(importance, w))
-        states = None if warm is None else (warm[0].inner, warm[1].inner)
-        first, second = _improve_pair(pair, *inner, a.view.show(w), states, mu, shown)
-        return OverState(first, w.shape), OverState(second, w.shape)
-    new = pair(a, b, w, warm, mu, importance)
-    if warm is None or pair.certain(a, b, importance is not None):
+    new = _solve_pair(pair, a, b, w, warm, mu, importance)
+    if warm is None or pair.certain(*_same_view(a, b), importance is not None):
         return new
     if not (a.admits(warm[0]) and b.admits(warm[1])):
         return new
     both = Sum((a, b))
     old_value = both.objective(w, warm, mu, importance)
     return new if both.objective(w, new, mu, importance) <= old_value else warm
+
+
+def _solve_pair(
+    pair: joint.Joint,
+    a: Part[Any],
+    b: Part[Any],
+    w: Tensor,
+    warm: tuple[Any, Any] | None,
+    mu: float | None,
+    importance: Tensor | None,
+) -> tuple[Any, Any]:
+    """The pair's joint solution, behind the view where both look through the same one."""
+    inner = _same_view(a, b)
+    if inner[0] is a or not (isinstance(a, Over) and isinstance(b, Over)):
+        return pair(a, b, w, warm, mu, importance)
+    shown = None if importance is None else a.view.show(as_importance(importance, w))
+    states = None if warm is None else (warm[0].inner, warm[1].inner)
+    first, second = pair(*inner, a.view.show(w), states, mu, shown)
+    return OverState(first, w.shape), OverState(second, w.shape)
