@@ -29,7 +29,7 @@ from typing import Any
 import learning
 import schemes
 import torch
-from common import add_options, changed, option, origin, write
+from common import add_options, bfloat16_pays, changed, option, origin, write
 from networks import file_of, network, reference
 from safetensors.torch import save as dense_bytes
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ class Config:
     seed: int = said(0, "of the order and augmentation of the images")
     device: str = said("auto", "cpu, cuda, or auto: cuda where there is one")
     compile: bool = said(True, "torch.compile")
-    bfloat16: bool = said(torch.cuda.is_available(), "autocast; pays where hardware has it")
+    bfloat16: bool = said(bfloat16_pays(), "autocast; default: where the hardware has it")
     smoke: bool = said(False, "a small network, random images, seconds")
 
 
@@ -148,14 +148,18 @@ class Run:
             suffix = f".{hashlib.sha256(of.encode()).hexdigest()[:6]}{suffix}"
         return self.path.with_name(self.path.stem + suffix)
 
+    def checkpoints(self, stem: str) -> list[Path]:
+        return list(self.path.parent.glob(f"{glob.escape(stem)}*.ckpt"))
+
     # -------------------------------------------------------------- the record
 
     def _started(self) -> dict[str, Any]:
         """The record of this run: a new one, or that of an interrupted one."""
         config = self.config
+        shown = changed(config) | {"bfloat16": config.bfloat16}  # its default is the machine's
         command = " ".join(
             ["python experiments/cifar.py --data DIR --weights FILE"]
-            + [option(k, v) for k, v in changed(config).items() if k not in LOCAL]
+            + [option(k, v) for k, v in shown.items() if k not in LOCAL]
         )
         where = origin(__file__)
         new = {
@@ -184,7 +188,9 @@ class Run:
             if old["status"] == "failed" and not same:  # before it had written anything itself
                 return new
         except (ValueError, KeyError, TypeError):
-            tqdm.write(f"{self.path} was cut short: the run starts from its checkpoint.")
+            own = self.checkpoints(self.file(".ckpt").stem)
+            from_ = "goes on from its checkpoint" if own else "starts again"
+            tqdm.write(f"{self.path} was cut short: the run {from_}.")
             return new
         if not same:
             raise SystemExit(
@@ -294,7 +300,7 @@ class Run:
         self.point(name, lc, config.epochs + config.refine)
         self.content["status"] = "done"
         self.write()
-        for checkpoint in self.path.parent.glob(f"{glob.escape(self.path.stem)}.*.ckpt"):
+        for checkpoint in self.checkpoints(f"{self.path.stem}."):
             checkpoint.unlink()
         return self.content
 

@@ -42,6 +42,15 @@ def device_name() -> str:
     return f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def bfloat16_pays() -> bool:
+    """Whether this machine has instructions for bfloat16: a GPU, or a processor that multiplies it.
+
+    On the CPU measured in bench_l_step.json, which has them, a step then takes half the time.
+    """
+    found = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or any(has for x, has in found.items() if "bf16" in x)
+
+
 def write(path: Path, content: object) -> None:
     """As JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

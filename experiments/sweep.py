@@ -41,10 +41,8 @@ class Job:
         return Path(self.config.out) / f"{cifar.slug(self.config)}.json"
 
     def status(self) -> str:
-        """ "done", "failed", "running" or "new", as the record says.
-
-        Raises:
-            SystemExit: the record was made from another trained network.
+        """ "done", "failed" or "running", as the record says; "new" without one; "cut short" if it
+        cannot be read, "foreign" if it was made from another trained network.
         """
         try:
             record = json.loads(self.path.read_text(encoding="utf-8"))
@@ -52,10 +50,12 @@ class Job:
         except FileNotFoundError:
             return "new"
         except (ValueError, KeyError, TypeError, AttributeError):
-            return "running"  # cut short: the run starts from its checkpoint
-        if sources and not self.config.smoke and sources != cifar.sources(self.config):
-            raise SystemExit(f"sweep: {self.path} was made from another trained network.")
-        return status
+            return "cut short"
+        try:
+            own = {} if self.config.smoke else cifar.sources(self.config)
+        except (SystemExit, OSError):
+            return status  # no file to compare with: the run will say so, if there is one
+        return "foreign" if sources and own and sources != own else status
 
 
 def jobs(options: list[str], out: str) -> list[Job]:
@@ -109,9 +109,20 @@ def failed(job: Job, code: int, log: Path) -> None:
 
 def work(plan: list[Job], parallel: int, threads: int, quiet: bool) -> list[Job]:
     """Run what is not done. Returns the failed jobs."""
-    waiting = [job for job in plan if job.status() != "done"]
-    running: dict[subprocess.Popen[bytes], tuple[Job, Path, float]] = {}
+    waiting: list[Job] = []
     broken: list[Job] = []
+    for job in plan:
+        status = job.status()
+        if status == "cut short":
+            tqdm.write(f"{job.path} was cut short: its run goes on from its checkpoint, if any.")
+        if status == "foreign":  # a finished run perhaps: nothing is written over it
+            tqdm.write(
+                f"failed: {job.path} was made from another trained network; use another --out."
+            )
+            broken.append(job)
+        elif status != "done":
+            waiting.append(job)
+    running: dict[subprocess.Popen[bytes], tuple[Job, Path, float]] = {}
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tqdm(total=len(plan), initial=len(plan) - len(waiting), unit="run", disable=quiet) as bar:
         try:
@@ -163,7 +174,7 @@ def main(argv: list[str]) -> None:
     cifar.check_out(Path(own.out))
     if own.list:
         for job in plan:
-            print(f"{job.status():8} {job.path.stem}")
+            print(f"{job.status():9} {job.path.stem}")
         return
     if own.jobs > 1 and torch.cuda.is_available():
         tqdm.write("Several runs share the GPU: watch its memory.")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_options, changed, option, origin, write
+from common import add_options, bfloat16_pays, changed, option, origin, write
 from networks import network
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ class Config:
     batch: int = 128
     seed: int = 0
     compile: bool = True
-    bfloat16: bool = torch.cuda.is_available()
+    bfloat16: bool = bfloat16_pays()
     smoke: bool = False
 
 
@@ -125,7 +125,8 @@ def main(argv: list[str]) -> None:
         config = replace(config, network="vgg16/16", epochs=1, batch=64, compile=False)
     where = origin(__file__)
     result = run(config)
-    options = [option(k, v) for k, v in changed(config).items() if k not in ("data", "out")]
+    shown = changed(config) | {"bfloat16": config.bfloat16}  # its default is the machine's
+    options = [option(k, v) for k, v in shown.items() if k not in ("data", "out")]
     command = " ".join(["python experiments/train_network.py --data DIR", *options])
     path = Path(f"{config.out}.json")
     write(path, {"command": command, "config": kept(config), "result": result, **where})

@@ -140,7 +140,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
 
 
 def test_a_finished_run_is_not_repeated_and_a_cut_record_is(
-    run: Any, script: Any, monkeypatch: pytest.MonkeyPatch
+    run: Any, script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run("--scheme", "binary", "--epochs", "0.2")
     with monkeypatch.context() as patch:
@@ -148,7 +148,9 @@ def test_a_finished_run_is_not_repeated_and_a_cut_record_is(
         assert run("--scheme", "binary", "--epochs", "0.2") == first
     path: Path = first["path"]
     path.write_text(path.read_text()[:300], encoding="utf-8")
+    capsys.readouterr()
     again = run("--scheme", "binary", "--epochs", "0.2")
+    assert f"{path} was cut short: the run starts again" in capsys.readouterr().out
     assert again["points"]["learned"]["test_error"] == first["points"]["learned"]["test_error"]
 
 
@@ -232,7 +234,7 @@ def test_missing_files(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_run_of_other_weights_is_another_run(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The name does not tell; checksums in the record do. `{network}` finds the file."""
     cifar, networks = script("cifar"), script("networks")
@@ -252,12 +254,21 @@ def test_a_run_of_other_weights_is_another_run(
         cifar.main([*argv, "--weights", str(tmp_path / "resnet8-1.th")])
     grid = [*argv[2:], "--weights", str(tmp_path / "resnet8-1.th")]
     (job,) = script("sweep").jobs(grid, str(tmp_path))
-    with pytest.raises(SystemExit, match="made from another trained network"):
-        job.status()
+    assert job.status() == "foreign"
+    before = job.path.read_bytes()
+    assert script("sweep").work([job], 1, 1, True) == [job]
+    assert f"{job.path} was made from another trained network" in capsys.readouterr().out
+    assert job.path.read_bytes() == before
+    (tmp_path / "resnet8-1.th").unlink()
+    assert job.status() == "done"  # what is finished needs no weights
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(
-    run: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    script: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With a name of the user's and a record that was cut short, nothing else would tell."""
     options = ("--method", "ste", "--scheme", "binary", "--name", "mine")
@@ -277,7 +288,9 @@ def test_a_checkpoint_of_other_settings_is_not_used(
     assert list(cut.glob("*.ckpt"))
     record = cut / "mine.json"
     record.write_text(record.read_text()[:100], encoding="utf-8")
+    capsys.readouterr()
     other = run(*options, "--lr", "0.1", out=cut)
+    assert "was cut short: the run starts again" in capsys.readouterr().out
     assert other["points"]["learned"]["train_loss"] == whole["points"]["learned"]["train_loss"]
     assert not list(cut.glob("*.ckpt"))
 
@@ -326,6 +339,25 @@ def test_a_sweep_runs_the_grid_once_and_reports_failures(
     assert stop.value.code == 0 and done.stat().st_mtime_ns == before
     assert {json.loads(p.read_text())["status"] for p in out.glob("*.json")} == {"done"}
     assert not list(out.glob("*.log"))
+
+
+def test_a_sweep_says_that_a_record_was_cut_short_and_makes_it_again(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, out = script("sweep"), tmp_path / "runs"
+    grid = ["--smoke", "--epochs", "0.2", "--network", "resnet8", "--scheme", "binary", "ternary"]
+    cut, _ = (job.path for job in sweep.jobs(grid, str(out)))
+    argv = ["--quiet", "--out", str(out), "--", *grid]
+    with pytest.raises(SystemExit):
+        sweep.main(argv)
+    whole = cut.read_text()
+    cut.write_text(whole[:200])
+    sweep.main(["--list", *argv])
+    assert "cut short" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(argv)
+    assert stop.value.code == 0 and f"{cut} was cut short" in capsys.readouterr().out
+    assert json.loads(cut.read_text())["points"].keys() == json.loads(whole)["points"].keys()
 
 
 def test_the_grid(script: Any, tmp_path: Path) -> None:
