@@ -119,7 +119,7 @@ def claims(folder: Path) -> str:
         text = result(content["result"])
         rows.append([f"`{script}.py`", claim, f"`{content['command']}`", content["device"], time])
         rows[-1].append(text)
-    rows += [_cifar(folder), _training_order(folder), _super_resolution(folder)]
+    rows += [_vgg(folder), _cifar(folder), _training_order(folder), _super_resolution(folder)]
     header = ["script", "claim", "command", "hardware", "time", "result"]
     rule = ["---"] * len(header)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
@@ -135,6 +135,14 @@ def settings(folder: Path) -> str:
     rows.sort(key=lambda row: float(row[2]))
     header = [f"ResNet20, batch 128, {content['device']}, one thread", "ms a step", "ratio"]
     return table(header, rows)
+
+
+def _vgg(folder: Path) -> list[str]:
+    content = read(folder / "train_vgg16.json")
+    config, result = content["config"], content["result"]
+    claim = f"the reference {config['network']}, trained from random weights"
+    time, text = f"{result['wall_seconds'] / 60:.0f} min", f"{result['test_error']:.2f} %"
+    return ["`train_network.py`", claim, f"`{content['command']}`", content["device"], time, text]
 
 
 def _cifar(folder: Path) -> list[str]:
@@ -235,8 +243,14 @@ def _restarts(result: dict[str, Any]) -> str:
 
 
 def _l_step(result: dict[str, Any]) -> str:
-    rows = {name: row["ratio"] for name, row in result["ways"].items() if name != "plain"}
-    return ", ".join(f"{name}: {ratio:.3f}" for name, ratio in rows.items())
+    """In float32, and where it was measured, in bfloat16."""
+    half = result.get("ways_bfloat16")
+    parts = []
+    for name, row in result["ways"].items():
+        if name != "plain":
+            parts.append(f"{name}: {row['ratio']:.3f}")
+            parts[-1] += f" (bfloat16: {half[name]['ratio']:.3f})" if half else ""
+    return ", ".join(parts)
 
 
 def _implicit(result: dict[str, Any]) -> str:

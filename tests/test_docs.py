@@ -6,9 +6,13 @@ what the pages call the user's own: `pretrained`, `loader`, `train_one_epoch` an
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
 import json
 import re
+import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
@@ -271,6 +275,43 @@ def test_tables_with_results(tables: Any, tmp_path: Path) -> None:
         "",
         "One seed; the last step counts.",
     ]
+
+
+class Understood(Exception):
+    """A script has read its command line."""
+
+
+def commands(page: str) -> list[str]:
+    """Every command line of the page that runs an experiment, in tables and in blocks."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, value in re.findall(r'^([A-Z])="(.*)"$', text, re.MULTILINE):
+        text = text.replace(f"${name}", value)
+    found = re.findall(r"python (?:-m experiments\.|experiments/)[^`\n]*", text)
+    return list(dict.fromkeys(found))
+
+
+def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option of every command on the page is one that its script has."""
+    read = argparse.ArgumentParser.parse_args
+
+    def stop(self: argparse.ArgumentParser, *args: Any) -> Any:
+        read(self, *args)
+        raise Understood
+
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    lines = commands("experiments/README.md")
+    assert len(lines) > 30
+    for line in lines:
+        script, *words = shlex.split(line.replace("-m experiments.", "experiments/"))[1:]
+        path = ROOT / f"{script.removesuffix('.py')}.py"
+        if path.stem == "sweep":
+            importlib.import_module("sweep").jobs(words[words.index("--") + 1 :], "runs")
+            words = words[: words.index("--")]
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            patch.setattr(sys, "argv", [str(path), *words])
+            with pytest.raises(Understood):
+                runpy.run_path(str(path), run_name="__main__")
 
 
 def test_links() -> None:
