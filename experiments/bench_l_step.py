@@ -26,7 +26,7 @@ from typing import Any
 
 import schemes
 import torch
-from common import add_options, changed, option, origin, write
+from common import add_options, apart, changed, option, origin, write
 from networks import network
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, Config())
-    config = Config(**vars(parser.parse_args(argv)))
+    config = apart(Config(**vars(parser.parse_args(argv))))
     if config.smoke:
         config = replace(config, network="resnet8", rounds=2, batch=16)
     torch.set_num_threads(1)

@@ -18,7 +18,6 @@ import contextlib
 import glob
 import hashlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,8 @@ from typing import Any
 import learning
 import schemes
 import torch
-from common import add_options, bfloat16_pays, changed, option, origin, write
+from common import add_options, bfloat16_pays, changed, check_out, locked, option, origin, write
+from data import normalized
 from networks import file_of, network, reference
 from safetensors.torch import save as dense_bytes
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ RANGES: dict[str, tuple[float | None, float]] = {  # least (None: above 0) and m
     **dict.fromkeys(("refine", "lr_end", "weight_decay"), (0, inf)),
     **dict.fromkeys(("handover", "distill"), (0, 1)),
     "momentum": (0, 0.999),
+    "seed": (0, 10**9),
     "growth": (1, inf),
 }
 LOCAL = ("data", "weights", "out", "name", "device")  # do not change what a run computes
@@ -91,6 +92,12 @@ def kept(config: Config) -> dict[str, Any]:
     return {k: v for k, v in asdict(config).items() if k not in LOCAL}
 
 
+def described(config: Config) -> dict[str, Any]:
+    """The settings as a record has them: a run for trying out is of no network that there is."""
+    own = kept(config) | {"family": schemes.family(config.scheme)}
+    return own | ({"network": f"{config.network}, smoke"} if config.smoke else {})
+
+
 def digest(config: Config) -> str:
     text = json.dumps(kept(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:6]
@@ -131,6 +138,8 @@ class Run:
         self.data: Images = images(config.data, self.device, config.smoke)
         self.sources = {} if config.smoke else sources(config)
         self.per_epoch = len(self.data) // config.batch
+        if self.per_epoch < 1:
+            raise SystemExit(f"--batch {config.batch}: at most {len(self.data)}, all images.")
         self.total = round(config.epochs * self.per_epoch)  # optimizer steps of learning
         self.path = Path(config.out) / f"{slug(config)}.json"
         self.content = self._started()
@@ -144,12 +153,20 @@ class Run:
     def file(self, suffix: str) -> Path:
         """Beside the record. Checkpoints are of these settings and sources, whatever the name."""
         if suffix.endswith(".ckpt"):
-            of = json.dumps([digest(self.config), self.sources])
-            suffix = f".{hashlib.sha256(of.encode()).hexdigest()[:6]}{suffix}"
+            suffix = f".{self.identity()}{suffix}"
         return self.path.with_name(self.path.stem + suffix)
 
-    def checkpoints(self, stem: str) -> list[Path]:
-        return list(self.path.parent.glob(f"{glob.escape(stem)}*.ckpt"))
+    def identity(self) -> str:
+        """Of the settings and the sources, in six digits."""
+        of = json.dumps([digest(self.config), self.sources])
+        return hashlib.sha256(of.encode()).hexdigest()[:6]
+
+    def checkpoints(self, of: str) -> list[Path]:
+        """Those of this name whose settings and sources the pattern `of` matches."""
+        return list(self.path.parent.glob(f"{glob.escape(self.path.stem)}.{of}.*.ckpt"))
+
+    def bar(self, name: str) -> tqdm[Any]:
+        return tqdm(desc=name, unit="step", disable=not self.progress)
 
     # -------------------------------------------------------------- the record
 
@@ -167,7 +184,7 @@ class Run:
             "name": self.path.stem,
             "status": "running",
             "command": command,
-            "config": kept(config) | {"family": schemes.family(config.scheme)},
+            "config": described(config),
             "sources": self.sources,
             "reference": {},
             "points": {},
@@ -180,21 +197,29 @@ class Run:
         try:
             old: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             same = old["config"] == new["config"]
-            if same and old.get("sources", self.sources) != self.sources:
-                raise SystemExit(
-                    f"{self.path} was made from another trained network: {old['sources']} there, "
-                    f"{self.sources} here. Give another --name or --out."
-                )
-            if old["status"] == "failed" and not same:  # before it had written anything itself
+            if old["status"] == "failed" and not old.get("points"):  # nothing is lost
                 return new
+            there = old.get("sources", self.sources)
+            if same and there != self.sources:
+                files = [f"{k} {there.get(k)} there, {x} here" for k, x in self.sources.items()]
+                raise SystemExit(
+                    f"{self.path} was made from another trained network, by the checksums of its "
+                    f"files ({'; '.join(files)}). Give another --name or --out."
+                )
         except (ValueError, KeyError, TypeError):
-            own = self.checkpoints(self.file(".ckpt").stem)
+            own = self.checkpoints(self.identity())
             from_ = "goes on from its checkpoint" if own else "starts again"
             tqdm.write(f"{self.path} was cut short: the run {from_}.")
             return new
         if not same:
+            other = [
+                f"{k} {old['config'].get(k)!r} there, {x!r} here"
+                for k, x in new["config"].items()
+                if old["config"].get(k) != x
+            ]
             raise SystemExit(
-                f"{self.path} is of a run with other settings: give another --name or --out."
+                f"{self.path} is of a run with other settings ({'; '.join(other)}): give another "
+                "--name or --out."
             )
         old.pop("error", None)
         status = "done" if old["status"] == "done" else "running"
@@ -236,7 +261,7 @@ class Run:
         entry: dict[str, Any] = self.evaluate(load(path, self.fresh()))
         weights = sum(row.weights for row in report.rows)
         entry |= {
-            "bits": report.total.bits,
+            "bits": 8 * size,
             "bits_per_weight": sum(row.bits for row in report.rows) / weights,
             "file_bytes": size,
             "file_ratio": self.content["reference"]["file_bytes"] / size,
@@ -264,7 +289,13 @@ class Run:
     def measure_reference(self) -> None:
         if self.content["reference"]:
             return
-        config = self.config
+        config, classes = self.config, int(self.data.labels.max()) + 1
+        with torch.no_grad():
+            shape = tuple(self.model.eval()(normalized(self.data.test[:2])).shape)
+        if len(shape) != 2 or shape[1] < classes:
+            raise SystemExit(
+                f"--network {config.network} gives {shape} for 2 images: (2, {classes}) is needed."
+            )
         entry: dict[str, Any] = self.evaluate(self.model)
         known = None if config.smoke else ERRORS.get(config.network)
         if known is not None and abs(entry["test_error"] - known) > 0.02:
@@ -282,10 +313,23 @@ class Run:
     # -------------------------------------------------------------- the whole run
 
     def go(self) -> dict[str, Any]:
-        """The run, or what is left of it. Returns the record, as it is on disk."""
-        config = self.config
+        """The run, or what is left of it. Returns the record, as it is on disk.
+
+        Raises:
+            SystemExit: another process is doing it.
+        """
         if self.content["status"] == "done":
             return self.content
+        try:
+            with locked(self.path.with_suffix(".lock")):
+                return self._go()
+        except BlockingIOError as cause:
+            raise SystemExit(
+                f"{self.path} is being made by another process: wait for it."
+            ) from cause
+
+    def _go(self) -> dict[str, Any]:
+        config = self.config
         self.measure_reference()
         step = learning.step(self)
         lc = learning.learn(self, step)
@@ -300,7 +344,7 @@ class Run:
         self.point(name, lc, config.epochs + config.refine)
         self.content["status"] = "done"
         self.write()
-        for checkpoint in self.checkpoints(f"{self.path.stem}."):
+        for checkpoint in self.checkpoints("[0-9a-f]" * 6):
             checkpoint.unlink()
         return self.content
 
@@ -348,23 +392,13 @@ def parse(argv: list[str]) -> Config:
             f"--method {config.method}. Use lc-weights or lc-implicit."
         )
     try:
-        torch.empty(0, device="cpu" if config.device == "auto" else config.device)
+        torch.ones(1, device="cpu" if config.device == "auto" else config.device).item()
     except (RuntimeError, AssertionError) as cause:
         first = str(cause).splitlines()[0]
         raise SystemExit(f"--device {config.device}: {first}") from cause
     if config.smoke:
         config = replace(config, epochs=min(config.epochs, 1.0), batch=32, compile=False, steps=2)
     return config
-
-
-def check_out(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as cause:
-        raise SystemExit(f"--out {folder} cannot be written to: {cause}") from cause
 
 
 def main(argv: list[str]) -> None:

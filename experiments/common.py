@@ -5,13 +5,16 @@ how it is written.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shlex
 import subprocess
-from dataclasses import MISSING, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,44 @@ def bfloat16_pays() -> bool:
     """
     found = torch.cpu.get_capabilities()
     return torch.cuda.is_available() or any(has for x, has in found.items() if "bf16" in x)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file that one process can hold at a time; it is gone afterwards, and free if the
+    process dies.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def check_out(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as cause:
+        raise SystemExit(
+            f"--out {folder} cannot be written to ({cause}): give a folder that can."
+        ) from cause
+
+
+def apart(config: Any) -> Any:
+    """The settings with an output of their own for --smoke, unless one was given: nothing made of
+    random data replaces a result.
+    """
+    path = Path(type(config)().out)
+    if not config.smoke or config.out != str(path):
+        return config
+    return replace(config, out=str(path.with_name(f"{path.stem}_smoke{path.suffix}")))
 
 
 def write(path: Path, content: object) -> None:

@@ -21,6 +21,7 @@ def cifar10(folder: str | Path, names: list[str]) -> tuple[Tensor, Tensor]:
     on the data set's page: records of one label byte and 3072 pixel bytes.
     """
     root = Path(folder)
+    where = "cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html"
     root = root / "cifar-10-batches-bin" if (root / "cifar-10-batches-bin").is_dir() else root
     records = []
     for name in names:
@@ -28,13 +29,12 @@ def cifar10(folder: str | Path, names: list[str]) -> tuple[Tensor, Tensor]:
         if not path.is_file():
             raise SystemExit(
                 f"{path} is missing. Give --data the folder with CIFAR-10's binary version "
-                "(cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, unpacked: "
-                "data_batch_1.bin ... test_batch.bin)."
+                f"({where}, unpacked: data_batch_1.bin ... test_batch.bin)."
             )
         raw = np.fromfile(path, np.uint8)
         if raw.size != 10_000 * 3073:
             raise SystemExit(
-                f"{path} has {raw.size} bytes instead of {10_000 * 3073}: fetch it again."
+                f"{path} has {raw.size} bytes instead of {10_000 * 3073}: fetch it again ({where})."
             )
         records.append(raw.reshape(-1, 3073))
     data = np.concatenate(records)

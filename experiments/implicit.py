@@ -25,7 +25,7 @@ from typing import Any
 
 import digits
 import torch
-from common import add_options, changed, option, origin, write
+from common import add_options, apart, changed, option, origin, write
 from torch import nn
 from tqdm import tqdm
 
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, Config())
-    config = Config(**vars(parser.parse_args(argv)))
+    config = apart(Config(**vars(parser.parse_args(argv))))
     if config.smoke:
         config = replace(config, seeds=1, fresh=1, epochs=1)
     torch.set_num_threads(1)

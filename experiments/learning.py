@@ -128,7 +128,8 @@ def learn(run: Run, step: Step) -> LC:
             run.model.train()
             loss = train(step, optimizer, stretch(run, a, b), rates(run, a))
             lc.log(loss=loss, epoch=b / run.per_epoch, seconds=run.seconds())
-            run.write()  # the time that has passed
+            run.content["curve"] = before + [dict(e) for e in lc.history]
+            run.write()  # what is done, and the time that has passed
         run.content["curve"] = before + [dict(e) for e in lc.history]
         run.write()
         if number + 1 < len(plan):
@@ -164,12 +165,14 @@ def _baseline(run: Run, step: Step) -> LC:
         optimizer.load_state_dict(state["optimizer"])
         curve.extend(state["curve"])
 
-    for k in pieces(run.file(".0.ckpt"), count, get, put):
-        a, b = (run.total * i // count for i in (k, k + 1))
-        run.model.train()
-        loss = train(step, optimizer, stretch(run, a, b), rates(run, a))
-        curve.append(_entry(run, b, k, loss))
-        run.write()  # the time that has passed
+    with run.bar(config.method) as bar:
+        for k in pieces(run.file(".0.ckpt"), count, get, put, bar):
+            a, b = (run.total * i // count for i in (k, k + 1))
+            run.model.train()
+            loss = train(step, optimizer, stretch(run, a, b), rates(run, a))
+            curve.append(_entry(run, b, k, loss))
+            run.write()  # the time that has passed
+            bar.set_postfix(loss=f"{loss:.4g}")
     run.content["curve"] = curve
     baselines.settle(run.model)
     lc = still(run)
@@ -204,7 +207,7 @@ def refine(run: Run, lc: LC, step: Step, epochs: float) -> None:
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, first, momentum=config.momentum)
 
-    with lc.refine(make) as optimizer:
+    with lc.refine(make) as optimizer, run.bar("fields") as bar:
         fields = [p for group in optimizer.param_groups for p in group["params"]]
 
         def get() -> dict[str, Any]:
@@ -225,12 +228,13 @@ def refine(run: Run, lc: LC, step: Step, epochs: float) -> None:
             optimizer.step()  # moves nothing; θ follows its fields
             curve.extend(state["curve"])
 
-        for k in pieces(run.file(".refine.ckpt"), count, get, put):
+        for k in pieces(run.file(".refine.ckpt"), count, get, put, bar):
             a, b = (total * i // count for i in (k, k + 1))
             run.model.train()
             falling = (first * (1 - i / total) for i in range(a, b))
             loss = train(step, optimizer, stretch(run, begin + a, begin + b), falling)
             curve.append(_entry(run, begin + b, k, loss))
             run.write()
+            bar.set_postfix(loss=f"{loss:.4g}")
     kept = [e for e in run.content["curve"] if e["epoch"] * run.per_epoch <= begin + 0.5]
     run.content["curve"] = kept + curve

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -108,17 +111,35 @@ def _users(name: str) -> nn.Module:
     path, _, factory = name.rpartition(":")
     if not Path(path).is_file():
         raise SystemExit(f"{path} is missing: --network FILE.py:factory names a Python file.")
-    spec = importlib.util.spec_from_file_location("users_network", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make = getattr(module, factory, None)
+    make = getattr(_module(Path(path)), factory, None)
     if not callable(make):
         raise SystemExit(f"{path} has no function {factory!r}.")
-    model = make()
+    try:
+        model = make()
+    except TypeError as cause:
+        raise SystemExit(f"{name} is called without arguments: {cause}.") from cause
     if not isinstance(model, nn.Module):
         raise SystemExit(f"{name} returned {type(model).__name__} instead of a torch module.")
     return model
+
+
+def _module(path: Path) -> ModuleType:
+    """The user's file as a module. Like that of a script, its folder is searched for others, and
+    torch.compile and dataclasses find it by its name.
+    """
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as cause:
+        raise SystemExit(f"{path} is not Python: {cause}.") from cause
+    return module
 
 
 def reference(name: str, file: str) -> nn.Module:
@@ -136,7 +157,10 @@ def reference(name: str, file: str) -> nn.Module:
     except Exception as cause:
         reason = str(cause).splitlines()
         text = " ".join(reason)[:300]
-        raise SystemExit(f"{file} does not hold the weights of {name}: {text}") from cause
+        raise SystemExit(
+            f"{path} does not hold the weights of {name}: give another --weights or --network "
+            f"({text})."
+        ) from cause
     return model
 
 

@@ -12,6 +12,7 @@ Exit:     0 all runs are done, 1 some failed, 130 interrupted
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -21,11 +22,10 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import cifar
 import torch
-from common import write
+from common import locked, write
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).with_name("cifar.py")
@@ -49,13 +49,27 @@ class Job:
             status, sources = str(record["status"]), record.get("sources")
         except FileNotFoundError:
             return "new"
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return "cut short"
         try:
             own = {} if self.config.smoke else cifar.sources(self.config)
         except (SystemExit, OSError):
             return status  # no file to compare with: the run will say so, if there is one
+        if status == "failed" and not record.get("points"):  # nothing is lost: made again
+            return status
         return "foreign" if sources and own and sources != own else status
+
+    def progress(self) -> tuple[float, float]:
+        """Epochs that are done, as far as the record says, and all of them."""
+        total = self.config.epochs + self.config.refine
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            if record["status"] == "done":
+                return total, total
+            done = max((float(entry["epoch"]) for entry in record["curve"]), default=0.0)
+        except (OSError, ValueError, KeyError, TypeError):
+            done = 0.0
+        return min(done, total), total
 
 
 def jobs(options: list[str], out: str) -> list[Job]:
@@ -97,14 +111,18 @@ def jobs(options: list[str], out: str) -> list[Job]:
 
 
 def failed(job: Job, code: int, log: Path) -> None:
-    """Say so in the record, keeping what the run had written."""
+    """Say so in the record, keeping what the run had written; a finished one, and one that another
+    process works on, stay as they are.
+    """
+    if job.status() == "done":
+        return
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-    content: dict[str, Any] = {"format": 1, "name": job.path.stem, "config": {}}
-    try:
+    content = {"format": 1, "name": job.path.stem, "config": cifar.described(job.config)}
+    with contextlib.suppress(OSError, ValueError, TypeError):
         content |= json.loads(job.path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content["config"] = {"network": job.config.network, "scheme": job.config.scheme}
-    write(job.path, content | {"status": "failed", "error": f"exit status {code}: {lines[-1]}"})
+    content |= {"status": "failed", "error": f"exit status {code}: {lines[-1]}"}
+    with contextlib.suppress(OSError), locked(job.path.with_suffix(".lock")):
+        write(job.path, content)
 
 
 def work(plan: list[Job], parallel: int, threads: int, quiet: bool) -> list[Job]:
@@ -122,9 +140,9 @@ def work(plan: list[Job], parallel: int, threads: int, quiet: bool) -> list[Job]
             broken.append(job)
         elif status != "done":
             waiting.append(job)
-    running: dict[subprocess.Popen[bytes], tuple[Job, Path, float]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[Job, Path]] = {}
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with tqdm(total=len(plan), initial=len(plan) - len(waiting), unit="run", disable=quiet) as bar:
+    with Progress(plan, quiet) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < parallel:
@@ -135,17 +153,18 @@ def work(plan: list[Job], parallel: int, threads: int, quiet: bool) -> list[Job]
                         process = subprocess.Popen(
                             command, stdout=sink, stderr=subprocess.STDOUT, env=env
                         )
-                    running[process] = job, log, time.monotonic()
-                    bar.set_description(", ".join(j.path.stem for j, *_ in running.values()))
+                    running[process] = job, log
                 for process in [p for p in running if p.poll() is not None]:
-                    job, log, _ = running.pop(process)
-                    if process.returncode != 0 or job.status() != "done":
+                    job, log = running.pop(process)
+                    if job.status() != "done":
                         broken.append(job)
                         failed(job, process.returncode, log)
                         tqdm.write(f"failed: {job.path.stem}, see {log}")
-                    else:
-                        log.unlink()
-                    bar.update()
+                        continue
+                    log.unlink()
+                    if process.returncode != 0:
+                        tqdm.write(f"{job.path.stem} is done; exit status {process.returncode}.")
+                progress.show([job for job, _ in running.values()], broken)
                 time.sleep(0.2)
         finally:  # also when interrupted: each run has its checkpoint
             for process in running:
@@ -153,6 +172,41 @@ def work(plan: list[Job], parallel: int, threads: int, quiet: bool) -> list[Job]
             for process in running:
                 process.wait()
     return broken
+
+
+class Progress:
+    """A bar over the epochs of all runs, from their records, so that the time left is that of the
+    whole sweep.
+    """
+
+    def __init__(self, plan: list[Job], quiet: bool) -> None:
+        self.plan, self.shown = plan, 0.0
+        done, total = (sum(x) for x in zip(*(job.progress() for job in plan), strict=True))
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            smoothing=0,  # the mean speed: runs differ
+            disable=quiet,
+            bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} epochs [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.bar.close()
+
+    def show(self, running: list[Job], broken: list[Job]) -> None:
+        """At most every two seconds: records are read for it."""
+        if self.bar.disable or time.monotonic() - self.shown < 2:
+            return
+        self.shown = time.monotonic()
+        found = [job.progress() for job in self.plan]
+        whole = [x for job, x in zip(self.plan, found, strict=True) if job not in broken]
+        self.bar.n, self.bar.total = (sum(x[i] for x in whole) for i in (0, 1))
+        done = sum(n == total for n, total in found)
+        self.bar.set_description(", ".join(job.path.stem for job in running), refresh=False)
+        self.bar.set_postfix_str(f"{done}/{len(found)} runs, {len(broken)} failed")
 
 
 def main(argv: list[str]) -> None:
@@ -182,6 +236,8 @@ def main(argv: list[str]) -> None:
     try:
         broken = work(plan, own.jobs, own.threads, own.quiet)
     except KeyboardInterrupt:
+        done = sum(job.status() == "done" for job in plan)
+        print(f"Interrupted: {done} of {len(plan)} runs are done; the same command goes on.")
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -11,6 +11,7 @@ Results:  OUT.pt (the state dict) and OUT.json (errors, epochs, hardware), goes 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_options, bfloat16_pays, changed, option, origin, write
+from common import add_options, apart, bfloat16_pays, changed, check_out, option, origin, write
 from networks import network
 from torch import Tensor
 from torch.nn import functional as F
@@ -95,8 +96,7 @@ def run(config: Config) -> dict[str, Any]:
         spent = state["seconds"]
 
     with tqdm(total=config.epochs, disable=not sys.stderr.isatty()) as bar:
-        for epoch in pieces(checkpoint, config.epochs, get, put):
-            bar.update(epoch - bar.n)
+        for epoch in pieces(checkpoint, config.epochs, get, put, bar):
             model.train()
             stream = batches(data, config.batch, config.seed, epoch, 0, per_epoch)
             first = epoch * per_epoch
@@ -120,15 +120,21 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser, Config())
-    config = Config(**vars(parser.parse_args(argv)))
+    config = apart(Config(**vars(parser.parse_args(argv))))
     if config.smoke:
         config = replace(config, network="vgg16/16", epochs=1, batch=64, compile=False)
+    check_out(Path(config.out).parent)
+    path = Path(f"{config.out}.json")
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8"))["config"] != kept(config):
+            raise SystemExit(f"{path} is of a network trained otherwise: give another --out.")
+        print(f"{path} is there: delete it to train again.")
+        return
     where = origin(__file__)
     result = run(config)
     shown = changed(config) | {"bfloat16": config.bfloat16}  # its default is the machine's
     options = [option(k, v) for k, v in shown.items() if k not in ("data", "out")]
     command = " ".join(["python experiments/train_network.py --data DIR", *options])
-    path = Path(f"{config.out}.json")
     write(path, {"command": command, "config": kept(config), "result": result, **where})
     print(f"{config.network}: {result['test_error']:.2f} % test error")
 

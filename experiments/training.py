@@ -1,10 +1,12 @@
 """The L step of the CIFAR-10 experiments: images that stay on the device, one loop that never waits
-for it, and what is measured afterwards.
+for it, and what is measured afterwards. (A C step in every iteration does: which of two states is
+better, and where a support lies, are read back.)
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from data import TEST, TRAIN, cifar10, normalized, padded
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 CALIBRATION = 99_999  # the "epoch" whose batches are drawn for BatchNorm only
 _TEMPERATURE = 4.0  # of distillation
@@ -101,21 +104,33 @@ def measured(model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, f
 
 
 def pieces(
-    path: Path, count: int, get: Callable[[], Any], put: Callable[[Any], None]
+    path: Path, count: int, get: Callable[[], Any], put: Callable[[Any], None], bar: tqdm
 ) -> Iterator[int]:
     """0 … count − 1: after each, what `get` returns is kept in a file; a run that was interrupted
     gives it to `put` and goes on behind it. `get` and `put` plain data and tensors.
+
+    Raises:
+        SystemExit: the file cannot be read.
     """
     done = 0
     if path.exists():
-        old = torch.load(path, weights_only=True)
+        try:
+            old = torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as cause:
+            first = str(cause).splitlines()[0]
+            raise SystemExit(
+                f"{path} is not a readable checkpoint ({first}). Delete it to start again."
+            ) from cause
         put(old["state"])
         done = old["done"]
+    bar.reset(count)
+    bar.update(done)
     for k in range(done, count):
         yield k
-        temporary = path.with_name(f"{path.name}.tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         torch.save({"done": k + 1, "state": get()}, temporary)
         os.replace(temporary, path)
+        bar.update()
 
 
 def train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def test_a_run_measures_the_packed_file(method: str, run: Any, script: Any) -> N
     last = record["points"][names[-1]]
     assert error == last["test_error"] and file.stat().st_size == last["file_bytes"]
     report = inspect(file)
+    assert last["bits"] == 8 * last["file_bytes"] == 8 * report.total.bytes
     weights = sum(layer["weights"] for layer in record["layers"])
     bits = sum(sum(layer["bits"].values()) for layer in record["layers"])
     assert last["bits_per_weight"] == pytest.approx(bits / weights)
@@ -165,9 +167,43 @@ def test_a_network_of_the_users(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     record = run("--model", f"{file}:make", "--scheme", "kmeans 2", "--epochs", "0.2", out=out)
     assert [layer["name"] for layer in record["layers"]] == ["0.weight", "3.weight"]
-    for text, message in ((f"{file}:other", "has no function 'other'"), ("no.py:f", "is missing")):
+    more = (
+        "def wide(width): ...\ndef few(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 9))\n"
+    )
+    file.write_text(file.read_text() + more)
+    (tmp_path / "broken.py").write_text("def make(:")
+    for text, message in (
+        (f"{file}:other", "has no function 'other'"),
+        ("no.py:f", "is missing"),
+        (f"{file}:wide", "is called without arguments: .*'width'"),
+        (f"{file}:few", r"gives \(2, 9\) for 2 images: \(2, 10\) is needed"),
+        (f"{tmp_path}/broken.py:make", "is not Python: invalid syntax"),
+    ):
         with pytest.raises(SystemExit, match=message):
             run("--network", text, out=out)
+
+
+def test_a_users_file_is_a_module_like_others(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its neighbours can be imported; dataclasses and torch.compile look it up by its name."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_it.py").write_text("CLASSES = 10\n")
+    (tmp_path / "net.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "from beside_it import CLASSES\n"
+        "@dataclass\n"
+        "class Sizes:\n"
+        "    classes: int = CLASSES\n"
+        "class Net(nn.Linear): ...\n"
+        "def make():\n"
+        "    return Net(3, Sizes().classes)\n"
+    )
+    net = script("networks").network(f"{tmp_path}/net.py:make")
+    assert net.out_features == 10
+    assert sys.modules[type(net).__module__].Net is type(net)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +227,9 @@ def test_a_network_of_the_users(run: Any, tmp_path: Path) -> None:
         (("--handover", "2"), "--handover 2.0: at least 0, at most 1"),
         (("--momentum", "2"), "--momentum 2.0: at least 0, at most 0.999"),
         (("--device", "foo"), "--device foo: "),
+        (("--device", "meta"), "--device meta: "),
+        (("--seed", "-1"), "--seed -1: at least 0"),
+        (("--seed", "99999999999999999999"), "--seed 99999999999999999999: at least 0, at most"),
         (("--smoke", "--network", "resnet200"), "There is no network 'resnet200'"),
     ],
 )
@@ -228,6 +267,8 @@ def test_missing_files(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cifar, "images", lambda *_: random)
     with pytest.raises(SystemExit, match=r"test error, not 8\.27 %"):
         cifar.main([*argv, "--weights", str(file)])
+    with pytest.raises(SystemExit, match="--batch 193: at most 192"):
+        cifar.main([*argv, "--weights", str(file), "--batch", "193"])
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot be written to"):
         cifar.main([*argv, "--out", str(tmp_path / "file" / "runs")])
@@ -295,9 +336,53 @@ def test_a_checkpoint_of_other_settings_is_not_used(
     assert not list(cut.glob("*.ckpt"))
 
 
+def test_a_checkpoint_that_cannot_be_read(
+    run: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name and what to do. A name that goes on from another one takes no checkpoint of it."""
+    options = ("--method", "ste", "--scheme", "binary", "--name", "mine.2")
+    learning, calls = script("learning"), iter(range(9))
+    train = learning.train
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "train", interrupted)
+        with pytest.raises(SystemExit, match="goes on from the last LC step"):
+            run(*options)
+    run(*options[:-1], "mine")
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:99])
+    with pytest.raises(SystemExit, match=r"mine\.2\..*ckpt is not a readable checkpoint .*Delete"):
+        run(*options)
+
+
+def test_one_process_makes_a_record(run: Any, script: Any, tmp_path: Path) -> None:
+    common, sweep = script("common"), script("sweep")
+    grid = ["--smoke", "--calibration", "2", "--epochs", "0.2", "--scheme", "binary"]
+    (job,) = sweep.jobs(grid, str(tmp_path))
+    log = tmp_path / "log"
+    log.write_text("what went wrong\n")
+    with common.locked(job.path.with_suffix(".lock")):
+        with pytest.raises(SystemExit, match="is being made by another process"):
+            run(*grid[3:])
+        sweep.failed(job, 1, log)
+        assert job.status() == "new"
+    assert run(*grid[3:])["status"] == "done"
+    sweep.failed(job, 139, log)  # died after it had finished
+    assert job.status() == "done"
+    assert job.progress() == (0.2, 0.2)
+    assert sorted(x.suffix for x in tmp_path.iterdir()) == ["", ".json", ".lc"]
+
+
 def test_a_folder_with_a_run_of_other_settings(run: Any) -> None:
     run("--scheme", "binary", "--epochs", "0.2", "--name", "mine")
-    with pytest.raises(SystemExit, match="other settings: give another --name"):
+    with pytest.raises(
+        SystemExit, match=r"\(scheme 'binary' there, 'ternary' here\): give another"
+    ):
         run("--scheme", "ternary", "--epochs", "0.2", "--name", "mine")
 
 
@@ -328,7 +413,8 @@ def test_a_sweep_runs_the_grid_once_and_reports_failures(
     records = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     assert sorted(r["status"] for r in records) == ["done", "failed"]
     (broken,) = (r for r in records if r["status"] == "failed")
-    assert "broken network" in broken["error"]
+    assert "broken network" in broken["error"] and broken["config"]["seed"] == 0
+    assert broken["config"].keys() == records[0]["config"].keys()
     bad.write_text(
         (EXPERIMENTS / "networks.py").read_text() + "\ndef make():\n    return ResNet(8)\n"
     )

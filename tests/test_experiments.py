@@ -348,11 +348,12 @@ def test_implicit(tmp_path: Path) -> None:
 
 def test_bench_l_step(tmp_path: Path) -> None:
     done = run("bench_l_step.py", "--smoke", "--no-settings", "--out", tmp_path / "l.json")
-    ways = read(tmp_path / "l.json")["ways"]
-    assert len(ways) == 4 and ways["plain"]["ratio"] == 1
-    assert all(
-        row["met"] == (row["ratio"] <= row["limit"]) for row in ways.values() if "limit" in row
-    )
+    for group in ("ways", "ways_bfloat16"):
+        ways = read(tmp_path / "l.json")[group]
+        assert len(ways) == 4 and ways["plain"]["ratio"] == 1
+        limited = [row for row in ways.values() if "limit" in row]
+        assert [row["met"] for row in limited] == [r["ratio"] <= r["limit"] for r in limited]
+        assert len(limited) == 2
     assert "straight-through, C step every iteration" in done.stdout
 
 
@@ -379,6 +380,22 @@ def test_train_network(tmp_path: Path) -> None:
     result = read(tmp_path / "net.json")
     assert len(result["losses"]) == 1 and 0 <= result["test_error"] <= 100
     assert set(torch.load(tmp_path / "net.pt", weights_only=True)) > {"linear.weight"}
+    before = (tmp_path / "net.pt").read_bytes()
+    assert "is there" in run("train_network.py", "--smoke", "--out", tmp_path / "net").stdout
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        run("train_network.py", "--smoke", "--lr", "0.2", "--out", tmp_path / "net")
+    assert "is of a network trained otherwise" in refused.value.stderr
+    assert (tmp_path / "net.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["bench_l_step", "bench_scheduled", "implicit", "train_network"])
+def test_smoke_has_an_output_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless one is given: a trial does not replace a result."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    common, config = importlib.import_module("common"), importlib.import_module(name).Config
+    assert "_smoke" in common.apart(config(smoke=True)).out
+    assert common.apart(config()) == config()
+    assert common.apart(config(smoke=True, out="mine")).out == "mine"
 
 
 def test_fuzz_storage(tmp_path: Path) -> None:
