@@ -123,6 +123,12 @@ def command(network: str, scheme: str, epochs: float, method: str = "lc-sum") ->
     )
 
 
+def spent(config: dict[str, Any]) -> str:
+    """Epochs of learning, and of training the continuous fields afterwards."""
+    refined = f" + {config['refine']:g}" if config["refine"] else ""
+    return f"{config['epochs']:g}{refined}"
+
+
 def uncompressed(found: list[list[Record]]) -> list[str]:
     """A row's cells of the reference: its error stands where that of direct compression does."""
     one = found[0][0]["reference"]
@@ -145,7 +151,7 @@ def densities(folder: Path, networks: tuple[str, ...]) -> str:
                 continue
             for group in sorted(own, key=lambda g: g[0]["config"]["epochs"]):
                 reference = f"{group[0]['reference']['test_error']:.2f}"
-                epochs = f"{group[0]['config']['epochs']:g}"
+                epochs = spent(group[0]["config"])
                 rows.append([name, epochs, reference, *row(group)])
     return table(["network, floats", "epochs", "reference", *HEADER], rows)
 
@@ -206,18 +212,18 @@ def schemes(folder: Path, network: str, epochs: float, wanted: tuple[str, ...] =
         found += [g for g in own if g[0]["config"]["scheme"].startswith(part)]
     found = [g for g in found if g[0]["config"]["epochs"] == epochs]
     found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
-    rows = [["not compressed", "", *uncompressed(found), "", "", ""]] if found else []
+    rows = [["not compressed", "", "", *uncompressed(found), "", "", ""]] if found else []
     for group in found:
         config = group[0]["config"]
         name = f"`{config['scheme']}`{APART.get(config['method'], '')}"
-        rows.append([name, config["family"], *row(group)])
+        rows.append([name, config["family"], spent(config), *row(group)])
     learned = (group[0]["config"] for group in found)
     there = {config["scheme"] for config in learned if config["method"] != "finetune"}
     for scheme in wanted:
         if scheme not in there:
             missing = f"not run: {command(network, scheme, epochs)}"
-            rows.append([f"`{scheme}`", missing, *[""] * len(HEADER)])
-    return table(["scheme", "family", *HEADER], rows)
+            rows.append([f"`{scheme}`", missing, *[""] * (len(HEADER) + 1)])
+    return table(["scheme", "family", "epochs", *HEADER], rows)
 
 
 def methods(folder: Path, network: str, epochs: float) -> str:
@@ -230,17 +236,17 @@ def methods(folder: Path, network: str, epochs: float) -> str:
     ]
     order = list(WAYS)
     found.sort(key=lambda g: (g[0]["config"]["scheme"], order.index(g[0]["config"]["method"])))
-    rows = [["not compressed", "", *uncompressed(found), "", "", ""]] if found else []
+    rows = [["not compressed", "", "", *uncompressed(found), "", "", ""]] if found else []
     for group in found:
         config = group[0]["config"]
         way = WAYS[config["method"]]
         if config["distill"]:
             way += f", {config['distill']:g} of the loss from the reference"
-        rows.append([f"`{config['scheme']}`", way, *row(group)])
+        rows.append([f"`{config['scheme']}`", way, spent(config), *row(group)])
     there = {group[0]["config"]["method"] for group in found}
     for method, way in WAYS.items():
         if method not in there:
             scheme = "binary" if method in ("ste", "parq") else "binary + sparse 2%"
             missing = f"not run: {command(network, scheme, epochs, method)}"
-            rows.append([f"`{scheme}`", f"{way}: {missing}", *[""] * len(HEADER)])
-    return table(["scheme", "way", *HEADER], rows)
+            rows.append([f"`{scheme}`", f"{way}: {missing}", *[""] * (len(HEADER) + 1)])
+    return table(["scheme", "way", "epochs", *HEADER], rows)
