@@ -34,12 +34,15 @@ class Binarized(nn.Module):
 
 
 def weights(model: nn.Module) -> list[nn.Parameter]:
-    """The trained weights of the layers; under `binarize` those behind what the layers see."""
-    return [
+    """The trained weights of the layers, shared ones once; under `binarize` those behind what the
+    layers see.
+    """
+    found = [
         m.parametrizations.weight.original if parametrize.is_parametrized(m, "weight") else m.weight
         for m in model.modules()
         if isinstance(m, _Layers)
     ]
+    return list({id(w): w for w in found}.values())
 
 
 def binarize(model: nn.Module) -> None:

@@ -98,9 +98,11 @@ def _kind(name: str) -> str:
 
 
 def tasks(model: nn.Module, scheme: str) -> dict[Any, Part[Any]]:
-    """{name of a weight: its part} for every convolution and linear layer."""
-    return {
-        f"{name}.weight": part(scheme, module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))
-    }
+    """{name of a weight: its part} for every convolution and linear layer; shared weights once."""
+    found: dict[Any, Part[Any]] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            found[f"{name}.weight"] = part(scheme, module.weight.shape)
+    return found

@@ -183,6 +183,19 @@ def test_a_network_of_the_users(run: Any, tmp_path: Path) -> None:
             run("--network", text, out=out)
 
 
+def test_shared_weights_are_compressed_once(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tied.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    a, b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)\n"
+        "    b.weight = a.weight\n"
+        "    return nn.Sequential(a, b, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))\n"
+    )
+    record = run("--model", f"{file}:make", "--scheme", "binary", "--epochs", "0.2")
+    assert [layer["name"] for layer in record["layers"]] == ["0.weight", "4.weight"]
+
+
 def test_a_users_file_is_a_module_like_others(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
