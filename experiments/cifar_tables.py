@@ -43,6 +43,7 @@ SCHEMES = (  # what the table of a network compares
 )
 PAIRS = ("binary + sparse 2%", "lowrank 6% + sparse 1.5%", "sparse 19% > int 4")  # of one size
 PRICED = "lc-weights"  # how schemes with a price are learned
+SEVERAL = 4  # epochs, at least, of what the first page shows
 LONG = 12  # epochs of what is asked of a GPU
 _ALIKE = ("network", "scheme", "method", "epochs", "refine", "distill", "mu0", "growth", "bfloat16")
 WAYS = {
@@ -157,11 +158,10 @@ def densities(folder: Path, networks: tuple[str, ...]) -> str:
 
 
 def repeated(folder: Path, network: str) -> str:
-    """What was learned with at least three seeds and the most epochs, by size: for the first page,
-    where all rows have equal epochs.
-    """
-    found = longest(by_default(folder, network))
-    found.sort(key=lambda group: -values(group, "learned", "file_ratio")[0])
+    """What was learned with at least three seeds and several epochs, by size: for the first page."""
+    found = [group for group in by_default(folder, network) if len(group) >= 3]
+    found = [group for group in found if group[0]["config"]["epochs"] >= SEVERAL]
+    found.sort(key=lambda g: (-values(g, "learned", "file_ratio")[0], g[0]["config"]["epochs"]))
     if not found:
         return f"Not measured yet: {command(network, 'binary + sparse 2%', LONG)}"
     reference = f"{found[0][0]['reference']['test_error']:.2f}"
