@@ -158,7 +158,7 @@ def densities(folder: Path, networks: tuple[str, ...]) -> str:
 
 
 def repeated(folder: Path, network: str) -> str:
-    """What was learned with at least three seeds and several epochs, by size: for the first page."""
+    """What was learned with three seeds or more and several epochs, by size: the first page."""
     found = [group for group in by_default(folder, network) if len(group) >= 3]
     found = [group for group in found if group[0]["config"]["epochs"] >= SEVERAL]
     found.sort(key=lambda g: (-values(g, "learned", "file_ratio")[0], g[0]["config"]["epochs"]))
