@@ -48,7 +48,7 @@ def device_name() -> str:
 def bfloat16_pays() -> bool:
     """Whether this machine has instructions for bfloat16: a GPU, or a processor that multiplies it.
 
-    On the CPU measured in bench_l_step.json, which has them, a step then takes half the time.
+    On the CPU of bench_l_step.json, which has them, a step then takes two thirds of the time.
     """
     found = torch.cpu.get_capabilities()
     return torch.cuda.is_available() or any(has for x, has in found.items() if "bf16" in x)
