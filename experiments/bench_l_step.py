@@ -169,9 +169,9 @@ def main(argv: list[str]) -> None:
     command = " ".join(["python experiments/bench_l_step.py", *given])
     kept = {k: v for k, v in asdict(config).items() if k != "out"}
     write(Path(config.out), {"command": command, "config": kept, "result": result, **where})
-    for group in (*TYPES, "settings"):
+    for group in (x for x in (*TYPES, "settings") if x in result):
         print(group)
-        for name, row in result.get(group, {}).items():
+        for name, row in result[group].items():
             limit = f", at most {row['limit']}" if "limit" in row else ""
             print(f"{name:45} {1e3 * row['seconds']:8.1f} ms  x {row['ratio']:.3f}{limit}")
 

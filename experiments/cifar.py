@@ -8,7 +8,7 @@ Run:      python experiments/cifar.py --data DIR --weights FILE --scheme "binary
           DIR: CIFAR-10's binary files.  FILE: the trained network, resnet20-12fca82f.th or your own
           (--model FILE.py:factory --checkpoint FILE).  --smoke: a few seconds on random data.
 Results:  OUT/NAME.json (what `report.py` reads) and OUT/NAME.lc (the packed model). The run goes on
-          from OUT/NAME.ckpt if it was interrupted.
+          from OUT/NAME.*.ckpt if it was interrupted.
 """
 
 from __future__ import annotations
@@ -213,9 +213,9 @@ class Run:
             return new
         if not same:
             other = [
-                f"{k} {old['config'].get(k)!r} there, {x!r} here"
-                for k, x in new["config"].items()
-                if old["config"].get(k) != x
+                f"{k} {old['config'].get(k)!r} there, {new['config'].get(k)!r} here"
+                for k in old["config"] | new["config"]
+                if old["config"].get(k) != new["config"].get(k)
             ]
             raise SystemExit(
                 f"{self.path} is of a run with other settings ({'; '.join(other)}): give another "
@@ -224,6 +224,12 @@ class Run:
         old.pop("error", None)
         status = "done" if old["status"] == "done" else "running"
         return old | {"status": status, "hardware": old["hardware"] if status == "done" else where}
+
+    def _finished(self) -> bool:
+        try:
+            return bool(json.loads(self.path.read_text(encoding="utf-8"))["status"] == "done")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def write(self) -> None:
         self.content["seconds"] = self.seconds()
@@ -322,6 +328,9 @@ class Run:
             return self.content
         try:
             with locked(self.path.with_suffix(".lock")):
+                if self._finished():  # by another process, a moment ago
+                    self.content = self._started()
+                    return self.content
                 return self._go()
         except BlockingIOError as cause:
             raise SystemExit(

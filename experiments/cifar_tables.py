@@ -137,7 +137,7 @@ def uncompressed(found: list[list[Record]]) -> list[str]:
 
 
 def densities(folder: Path, networks: tuple[str, ...]) -> str:
-    """One bit and s exact floats, by network and s, at the most epochs there are; the paper's
+    """One bit and s exact floats, by network and s, for all epochs there are; the paper's
     setting is marked as missing where it was not run.
     """
     rows = []

@@ -50,13 +50,13 @@ def bfloat16_pays() -> bool:
 
     On the CPU of bench_l_step.json, which has them, a step then takes two thirds of the time.
     """
-    found = torch.cpu.get_capabilities()
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions
     return torch.cuda.is_available() or any(has for x, has in found.items() if "bf16" in x)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a file that one process can hold at a time; it is gone afterwards, and free if the
+    """Hold a file that one process can hold at a time; it is removed afterwards, and free if the
     process dies.
 
     Raises:
@@ -64,6 +64,8 @@ def locked(path: Path) -> Iterator[None]:
     """
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+            raise BlockingIOError(f"{path} was another process's a moment ago")
         try:
             yield
         finally:

@@ -165,6 +165,7 @@ def _baseline(run: Run, step: Step) -> LC:
         optimizer.load_state_dict(state["optimizer"])
         curve.extend(state["curve"])
 
+    run.content["curve"] = curve
     with run.bar(config.method) as bar:
         for k in pieces(run.file(".0.ckpt"), count, get, put, bar):
             a, b = (run.total * i // count for i in (k, k + 1))
@@ -173,7 +174,6 @@ def _baseline(run: Run, step: Step) -> LC:
             curve.append(_entry(run, b, k, loss))
             run.write()  # the time that has passed
             bar.set_postfix(loss=f"{loss:.4g}")
-    run.content["curve"] = curve
     baselines.settle(run.model)
     lc = still(run)
     gap = max(lc.gap().values())
@@ -203,6 +203,7 @@ def refine(run: Run, lc: LC, step: Step, epochs: float) -> None:
     first, begin = (config.lr, 0) if alone else (config.lr / 5, run.total)
     count = max(1, math.ceil(config.steps * epochs))
     curve: list[dict[str, float | None]] = []
+    kept = [e for e in run.content["curve"] if e["epoch"] * run.per_epoch <= begin + 0.5]
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, first, momentum=config.momentum)
@@ -234,7 +235,7 @@ def refine(run: Run, lc: LC, step: Step, epochs: float) -> None:
             falling = (first * (1 - i / total) for i in range(a, b))
             loss = train(step, optimizer, stretch(run, begin + a, begin + b), falling)
             curve.append(_entry(run, begin + b, k, loss))
+            run.content["curve"] = kept + curve
             run.write()
             bar.set_postfix(loss=f"{loss:.4g}")
-    kept = [e for e in run.content["curve"] if e["epoch"] * run.per_epoch <= begin + 0.5]
     run.content["curve"] = kept + curve

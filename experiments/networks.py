@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -115,9 +116,10 @@ def _users(name: str) -> nn.Module:
     if not callable(make):
         raise SystemExit(f"{path} has no function {factory!r}.")
     try:
-        model = make()
+        inspect.signature(make).bind()
     except TypeError as cause:
         raise SystemExit(f"{name} is called without arguments: {cause}.") from cause
+    model = make()
     if not isinstance(model, nn.Module):
         raise SystemExit(f"{name} returned {type(model).__name__} instead of a torch module.")
     return model

@@ -114,14 +114,14 @@ def failed(job: Job, code: int, log: Path) -> None:
     """Say so in the record, keeping what the run had written; a finished one, and one that another
     process works on, stay as they are.
     """
-    if job.status() == "done":
-        return
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     content = {"format": 1, "name": job.path.stem, "config": cifar.described(job.config)}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        content |= json.loads(job.path.read_text(encoding="utf-8"))
-    content |= {"status": "failed", "error": f"exit status {code}: {lines[-1]}"}
     with contextlib.suppress(OSError), locked(job.path.with_suffix(".lock")):
+        if job.status() == "done":
+            return
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            content |= json.loads(job.path.read_text(encoding="utf-8"))
+        content |= {"status": "failed", "error": f"exit status {code}: {lines[-1]}"}
         write(job.path, content)
 
 
@@ -161,7 +161,7 @@ def work(plan: list[Job], parallel: int, threads: int, quiet: bool) -> list[Job]
                         failed(job, process.returncode, log)
                         tqdm.write(f"failed: {job.path.stem}, see {log}")
                         continue
-                    log.unlink()
+                    log.unlink(missing_ok=True)
                     if process.returncode != 0:
                         tqdm.write(f"{job.path.stem} is done; exit status {process.returncode}.")
                 progress.show([job for job, _ in running.values()], broken)
@@ -181,10 +181,11 @@ class Progress:
 
     def __init__(self, plan: list[Job], quiet: bool) -> None:
         self.plan, self.shown = plan, 0.0
-        done, total = (sum(x) for x in zip(*(job.progress() for job in plan), strict=True))
+        found = [job.progress() for job in plan]
+        self.before = [n for n, _ in found]
         self.bar = tqdm(
-            total=total,
-            initial=done,
+            total=sum(total for _, total in found),
+            initial=sum(self.before),
             smoothing=0,  # the mean speed: runs differ
             disable=quiet,
             bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} epochs [{elapsed}<{remaining}{postfix}]",
@@ -202,9 +203,11 @@ class Progress:
             return
         self.shown = time.monotonic()
         found = [job.progress() for job in self.plan]
-        whole = [x for job, x in zip(self.plan, found, strict=True) if job not in broken]
+        kept = [job not in broken for job in self.plan]
+        whole = list(itertools.compress(found, kept))
+        self.bar.initial = sum(itertools.compress(self.before, kept))
         self.bar.n, self.bar.total = (sum(x[i] for x in whole) for i in (0, 1))
-        done = sum(n == total for n, total in found)
+        done = sum(n == total for n, total in whole)
         self.bar.set_description(", ".join(job.path.stem for job in running), refresh=False)
         self.bar.set_postfix_str(f"{done}/{len(found)} runs, {len(broken)} failed")
 

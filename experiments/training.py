@@ -117,7 +117,7 @@ def pieces(
         try:
             old = torch.load(path, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as cause:
-            first = str(cause).splitlines()[0]
+            first = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise SystemExit(
                 f"{path} is not a readable checkpoint ({first}). Delete it to start again."
             ) from cause
@@ -127,7 +127,7 @@ def pieces(
     bar.update(done)
     for k in range(done, count):
         yield k
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.tmp")
         torch.save({"done": k + 1, "state": get()}, temporary)
         os.replace(temporary, path)
         bar.update()

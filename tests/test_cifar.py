@@ -350,7 +350,11 @@ def test_a_checkpoint_of_other_settings_is_not_used(
 
 
 def test_a_checkpoint_that_cannot_be_read(
-    run: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    script: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its name and what to do. A name that goes on from another one takes no checkpoint of it."""
     options = ("--method", "ste", "--scheme", "binary", "--name", "mine.2")
@@ -368,9 +372,17 @@ def test_a_checkpoint_that_cannot_be_read(
             run(*options)
     run(*options[:-1], "mine")
     (checkpoint,) = tmp_path.glob("*.ckpt")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:99])
-    with pytest.raises(SystemExit, match=r"mine\.2\..*ckpt is not a readable checkpoint .*Delete"):
-        run(*options)
+    whole = checkpoint.read_bytes()
+    for left in (99, 0):
+        checkpoint.write_bytes(whole[:left])
+        message = r"mine\.2\..*ckpt is not a readable checkpoint \(.+\). Delete"
+        with pytest.raises(SystemExit, match=message):
+            run(*options)
+    checkpoint.write_bytes(whole)
+    (tmp_path / "mine.2.json").write_text("{")
+    capsys.readouterr()
+    assert run(*options)["status"] == "done"
+    assert "was cut short: the run goes on from its checkpoint" in capsys.readouterr().out
 
 
 def test_one_process_makes_a_record(run: Any, script: Any, tmp_path: Path) -> None:

@@ -393,6 +393,7 @@ def test_smoke_has_an_output_of_its_own(name: str, monkeypatch: pytest.MonkeyPat
     """Unless one is given: a trial does not replace a result."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     common, config = importlib.import_module("common"), importlib.import_module(name).Config
+    assert "= apart(Config(" in (EXPERIMENTS / f"{name}.py").read_text()
     assert "_smoke" in common.apart(config(smoke=True)).out
     assert common.apart(config()) == config()
     assert common.apart(config(smoke=True, out="mine")).out == "mine"
