@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, permutations
 from typing import Any
 
@@ -127,13 +128,7 @@ class Sum(Part[States]):
     ) -> States:
         problem = _Descent(self, w, mu, importance)
         if len(problem.blocks) == 1:  # the whole problem: `improve` compares with the warm start
-            (pair,) = (block.pair for block in problem.blocks)
-            if pair is None:
-                (part,) = self.parts
-                return (part.solve(w, None if warm is None else warm[0], mu, importance),)
-            a, b = self.parts
-            both = None if warm is None else (warm[0], warm[1])
-            return _solve_pair(pair, a, b, w, both, mu, importance)
+            return problem.solved(problem.blocks[0], warm, w)
         if warm is not None:
             return problem.descend(list(warm), self.tolerance, self.sweeps)
         single = tuple(Block((i,)) for i in range(len(self.parts)))
@@ -270,6 +265,24 @@ class _Descent:
             total = total - term
         return rounded(total, w.dtype, None)
 
+    def solved(self, block: Block, warm: States | None, target: Tensor) -> States:
+        """The block's states for `target`, a pair's jointly and behind the view that both share;
+        whether warm ones are better is not asked.
+        """
+        parts = [self.sum.parts[i] for i in block.terms]
+        mu, importance = self.mu, self.importance
+        if block.pair is None:
+            return (parts[0].solve(target, None if warm is None else warm[0], mu, importance),)
+        a, b = parts
+        inner = _same_view(a, b)
+        if inner[0] is a or not (isinstance(a, Over) and isinstance(b, Over)):
+            both = None if warm is None else (warm[0], warm[1])
+            return block.pair(a, b, target, both, mu, importance)
+        shown = None if importance is None else a.view.show(as_importance(importance, target))
+        below_view = None if warm is None else (warm[0].inner, warm[1].inner)
+        found = block.pair(*inner, a.view.show(target), below_view, mu, shown)
+        return tuple(OverState(state, target.shape) for state in found)
+
     def update(self, block: Block, states: list[Any], target: Tensor) -> None:
         """Replace the block's states by better ones for `target`; `states` may hold None for a cold
         start.
@@ -281,47 +294,11 @@ class _Descent:
             return
         i, j = block.terms
         warm = None if states[i] is None else (states[i], states[j])
-        states[i], states[j] = _improve_pair(
-            block.pair, parts[0], parts[1], target, warm, self.mu, self.importance
-        )
-
-
-def _improve_pair(
-    pair: joint.Joint,
-    a: Part[Any],
-    b: Part[Any],
-    w: Tensor,
-    warm: tuple[Any, Any] | None,
-    mu: float | None,
-    importance: Tensor | None,
-) -> tuple[Any, Any]:
-    """The pair's joint solution, or the warm one where that is better and the solver is not
-    certain.
-    """
-    new = _solve_pair(pair, a, b, w, warm, mu, importance)
-    if warm is None or pair.certain(*_same_view(a, b), importance is not None):
-        return new
-    if not (a.admits(warm[0]) and b.admits(warm[1])):
-        return new
-    both = Sum((a, b))
-    old_value = both.objective(w, warm, mu, importance)
-    return new if both.objective(w, new, mu, importance) <= old_value else warm
-
-
-def _solve_pair(
-    pair: joint.Joint,
-    a: Part[Any],
-    b: Part[Any],
-    w: Tensor,
-    warm: tuple[Any, Any] | None,
-    mu: float | None,
-    importance: Tensor | None,
-) -> tuple[Any, Any]:
-    """The pair's joint solution, behind the view where both look through the same one."""
-    inner = _same_view(a, b)
-    if inner[0] is a or not (isinstance(a, Over) and isinstance(b, Over)):
-        return pair(a, b, w, warm, mu, importance)
-    shown = None if importance is None else a.view.show(as_importance(importance, w))
-    states = None if warm is None else (warm[0].inner, warm[1].inner)
-    first, second = pair(*inner, a.view.show(w), states, mu, shown)
-    return OverState(first, w.shape), OverState(second, w.shape)
+        new = self.solved(block, warm, target)
+        weighted = self.importance is not None
+        if warm is not None and not block.pair.certain(*_same_view(*parts), weighted):
+            both = Sum(tuple(parts))
+            value = partial(both.objective, target, mu=self.mu, importance=self.importance)
+            if both.admits(warm) and not value(new) <= value(warm):
+                new = warm
+        states[i], states[j] = new
