@@ -7,10 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from schemes import LAYERS
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_Layers = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _ANNEALED = 0.9  # share of the steps after which PARQ's weights are all binary
 
 
@@ -40,7 +40,7 @@ def weights(model: nn.Module) -> list[nn.Parameter]:
     found = [
         m.parametrizations.weight.original if parametrize.is_parametrized(m, "weight") else m.weight
         for m in model.modules()
-        if isinstance(m, _Layers)
+        if isinstance(m, LAYERS)
     ]
     return list({id(w): w for w in found}.values())
 
@@ -48,7 +48,7 @@ def weights(model: nn.Module) -> list[nn.Parameter]:
 def binarize(model: nn.Module) -> None:
     """The layers' weights are seen through `Binarized` from here on."""
     for module in model.modules():
-        if isinstance(module, _Layers):
+        if isinstance(module, LAYERS):
             parametrize.register_parametrization(module, "weight", Binarized())
 
 

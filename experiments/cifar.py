@@ -142,8 +142,6 @@ class Run:
             raise SystemExit(f"--batch {config.batch}: at most {len(self.data)}, all images.")
         self.total = round(config.epochs * self.per_epoch)  # optimizer steps of learning
         self.path = Path(config.out) / f"{slug(config)}.json"
-        self.content = self._started()
-        self.begun = time.perf_counter() - self.content.get("seconds", 0.0)
 
     def fresh(self) -> nn.Module:
         name = "resnet8" if self.config.smoke and "." not in self.config.network else None
@@ -224,12 +222,6 @@ class Run:
         old.pop("error", None)
         status = "done" if old["status"] == "done" else "running"
         return old | {"status": status, "hardware": old["hardware"] if status == "done" else where}
-
-    def _finished(self) -> bool:
-        try:
-            return bool(json.loads(self.path.read_text(encoding="utf-8"))["status"] == "done")
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
     def write(self) -> None:
         self.content["seconds"] = self.seconds()
@@ -324,20 +316,19 @@ class Run:
         Raises:
             SystemExit: another process is doing it.
         """
-        if self.content["status"] == "done":
-            return self.content
         try:
             with locked(self.path.with_suffix(".lock")):
-                if self._finished():  # by another process, a moment ago
-                    self.content = self._started()
-                    return self.content
-                return self._go()
+                self.content = self._started()
+                self.begun = time.perf_counter() - self.content.get("seconds", 0.0)
+                if self.content["status"] != "done":
+                    self._go()
+                return self.content
         except BlockingIOError as cause:
             raise SystemExit(
                 f"{self.path} is being made by another process: wait for it."
             ) from cause
 
-    def _go(self) -> dict[str, Any]:
+    def _go(self) -> None:
         config = self.config
         self.measure_reference()
         step = learning.step(self)
@@ -355,7 +346,6 @@ class Run:
         self.write()
         for checkpoint in self.checkpoints("[0-9a-f]" * 6):
             checkpoint.unlink()
-        return self.content
 
 
 def bits_by_part(task: Any) -> dict[str, int]:

@@ -21,6 +21,7 @@ from torch import nn
 from lc_compress import NM, Binary, Int, KMeans, LowRank, Matrix, Part, Sparse, Ternary
 from lc_compress import RankSelection as Rank
 
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)  # whose weights are compressed
 _HALF = torch.float16
 _QUANTIZERS, _SPARSE = ("binary", "ternary", "int", "kmeans"), ("sparse", "nm")
 
@@ -102,7 +103,7 @@ def tasks(model: nn.Module, scheme: str) -> dict[Any, Part[Any]]:
     found: dict[Any, Part[Any]] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and id(module.weight) not in seen:
+        if isinstance(module, LAYERS) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             found[f"{name}.weight"] = part(scheme, module.weight.shape)
     return found
