@@ -41,6 +41,29 @@ def run(script: Callable[[str], Any], tmp_path: Path) -> Callable[..., dict[str,
     return go
 
 
+@pytest.fixture
+def interrupt(
+    run: Any, script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """The same, interrupted by the user in the second stretch of training."""
+    learning = script("learning")
+
+    def go(*options: str, out: Path | None = None) -> None:
+        train, calls = learning.train, iter(range(9))
+
+        def interrupted(*args: Any) -> Any:
+            if next(calls) == 1:
+                raise KeyboardInterrupt
+            return train(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(learning, "train", interrupted)
+            with pytest.raises(SystemExit, match="goes on from the last LC step"):
+                run(*options, out=out)
+
+    return go
+
+
 METHODS = {
     "parq": "binary",  # where torchao is installed
     "lc-sum": "binary + sparse 2%",
@@ -98,28 +121,22 @@ def test_families(script: Any) -> None:
 
 @pytest.mark.parametrize("method", ["lc-sum", "handover", "ste", "parq", "finetune"])
 def test_an_interrupted_run_goes_on_to_the_same_end(
-    method: str, run: Any, script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    run: Any,
+    interrupt: Any,
+    script: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if method == "parq":
         pytest.importorskip("torchao")
     options = ("--method", method, "--scheme", "binary")
     whole = run(*options, out=tmp_path / "whole")
-    learning, calls = script("learning"), 0
-    train = learning.train
-
-    def interrupted(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return train(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learning, "train", interrupted)
-        with pytest.raises(SystemExit, match="goes on from the last LC step"):
-            run(*options, out=tmp_path / "cut")
+    interrupt(*options, out=tmp_path / "cut")
     (record,) = (tmp_path / "cut").glob("*.json")
     assert json.loads(record.read_text())["status"] == "running"
+    learning = script("learning")
+    train = learning.train
     with monkeypatch.context() as patch:
         left = []
         patch.setattr(learning, "train", lambda *args: left.append(1) or train(*args))
@@ -318,27 +335,13 @@ def test_a_run_of_other_weights_is_another_run(
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(
-    run: Any,
-    script: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Any, interrupt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a name of the user's and a record that was cut short, nothing else would tell."""
     options = ("--method", "ste", "--scheme", "binary", "--name", "mine")
     whole = run(*options, "--lr", "0.1", out=tmp_path / "whole")
-    learning, calls = script("learning"), iter(range(9))
-    train, cut = learning.train, tmp_path / "cut"
-
-    def interrupted(*args: Any) -> Any:
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return train(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learning, "train", interrupted)
-        with pytest.raises(SystemExit, match="goes on from the last LC step"):
-            run(*options, out=cut)
+    cut = tmp_path / "cut"
+    interrupt(*options, out=cut)
     assert list(cut.glob("*.ckpt"))
     record = cut / "mine.json"
     record.write_text(record.read_text()[:100], encoding="utf-8")
@@ -350,26 +353,11 @@ def test_a_checkpoint_of_other_settings_is_not_used(
 
 
 def test_a_checkpoint_that_cannot_be_read(
-    run: Any,
-    script: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run: Any, interrupt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its name and what to do. A name that goes on from another one takes no checkpoint of it."""
     options = ("--method", "ste", "--scheme", "binary", "--name", "mine.2")
-    learning, calls = script("learning"), iter(range(9))
-    train = learning.train
-
-    def interrupted(*args: Any) -> Any:
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return train(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learning, "train", interrupted)
-        with pytest.raises(SystemExit, match="goes on from the last LC step"):
-            run(*options)
+    interrupt(*options)
     run(*options[:-1], "mine")
     (checkpoint,) = tmp_path.glob("*.ckpt")
     whole = checkpoint.read_bytes()
